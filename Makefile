@@ -1,0 +1,38 @@
+# `make help` lists the targets. Each one sets up .venv first, if that has not been done.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO_OUTPUT ?= demo-output
+BENCH_OUTPUT ?= bench-output
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench clean
+
+help:  ## List the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+
+setup: .venv/installed  ## Make .venv and install the package with all that demo, tests and checks need
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo,dev]"
+	touch $@
+
+demo: setup  ## Run the main job on a real encoder and real reviews (DEMO_OUTPUT=dir, DEMO_ARGS=--full)
+	$(BIN)/transformers-badge demo --output-dir $(DEMO_OUTPUT) $(DEMO_ARGS)
+
+test: setup  ## Run the linters, the type checker and the tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+lint: setup  ## Mend what the linters can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup  ## Run the timed comparisons (BENCH_OUTPUT=dir)
+	$(BIN)/python benchmarks/run.py --output-dir $(BENCH_OUTPUT)
+
+clean:  ## Remove what the other targets made
+	rm -rf .venv $(DEMO_OUTPUT) $(BENCH_OUTPUT)

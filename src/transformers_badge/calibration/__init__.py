@@ -1,0 +1,1 @@
+"""Choosing thresholds from stored exit logits: numpy, no model."""

@@ -1,0 +1,32 @@
+"""The command line: one small file per command; whatever is heavy is imported when a command runs."""
+
+import sys
+
+import typer
+
+from transformers_badge.cli.demo import demo
+from transformers_badge.cli.predict import predict
+from transformers_badge.cli.train import train
+
+
+app = typer.Typer(
+    help="Early exit for Hugging Face text classifiers. Each command has --help with an example.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,
+)
+app.command()(train)
+app.command()(predict)
+app.command()(demo)
+
+
+def main() -> None:
+    """Run the command line; what a user can mend is reported in one sentence, without a traceback."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        app()
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+        print(f"Error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)

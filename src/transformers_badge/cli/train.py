@@ -1,0 +1,101 @@
+"""`transformers-badge train`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def train(
+    encoder: Annotated[str, typer.Argument(help="Pretrained encoder: a folder or a hub name.")],
+    data: Annotated[str, typer.Argument(help="CSV, TSV, JSONL or Parquet file, or the name of a data set.")],
+    output_dir: Annotated[Path, typer.Option(help="Where the checkpoint goes.")],
+    text_column: Annotated[list[str], typer.Option(help="Column with the text; give it twice for pairs.")] = ["text"],  # noqa: B006
+    label_column: Annotated[str, typer.Option(help="Column with the class, or with a fraction to predict.")] = "label",
+    validation: Annotated[str | None, typer.Option(help="File to evaluate on. Default: a tenth of the data.")] = None,
+    max_accuracy_drop: Annotated[
+        float | None,
+        typer.Option(help="Choose the exit threshold on the validation rows for at most this drop, such as 0.01."),
+    ] = None,
+    exit_layers: Annotated[str | None, typer.Option(help="Depths with an exit, such as 2,4,6. Default: all.")] = None,
+    bypass_size: Annotated[int | None, typer.Option(help="Width of the bypasses; 0: none. Default: hidden/12.")] = None,
+    epochs: Annotated[float, typer.Option(min=0.0, help="Passes over the training rows.")] = 3,
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="Peak learning rate of the encoder.")] = 5e-5,
+    new_learning_rate: Annotated[float, typer.Option(min=0.0, help="The same, of bypasses and exits.")] = 1e-3,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 32,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+) -> None:
+    """Fine-tune an encoder with exits after its blocks.
+
+    Example: transformers-badge train google-bert/bert-base-uncased reviews.csv --output-dir badge-reviews
+    --max-accuracy-drop 0.01
+    """
+    from transformers import AutoTokenizer, set_seed
+
+    from transformers_badge import BadgeForSequenceClassification
+    from transformers_badge.calibration.selection import choose_threshold
+    from transformers_badge.training.data import labelled_rows, load_table
+    from transformers_badge.training.fine_tune import check_output_directory, make_trainer, tokenize
+
+    layers = None if exit_layers is None else [_depth(part) for part in exit_layers.split(",")]
+    table = load_table(data)
+    rows = labelled_rows(table, text_column, label_column, data)
+    if validation is None:
+        if len(table) < 10:
+            raise ValueError(f"{data} has {len(table)} rows: give at least 10, or a file of its own for --validation.")
+        parts = table.train_test_split(test_size=0.1, seed=seed)
+        rows = labelled_rows(parts["train"], text_column, label_column, data, rows.names)
+        held_out = labelled_rows(parts["test"], text_column, label_column, data, rows.names)
+    else:
+        held_out = labelled_rows(load_table(validation), text_column, label_column, validation, rows.names)
+    if rows.names is None and max_accuracy_drop is not None:
+        raise ValueError("--max-accuracy-drop needs classes: the labels of this file are values to predict.")
+
+    set_seed(seed)
+    names = {"num_labels": 1} if rows.names is None else {
+        "id2label": dict(enumerate(rows.names)), "label2id": {name: i for i, name in enumerate(rows.names)}
+    }  # fmt: skip
+    model = BadgeForSequenceClassification.from_encoder(
+        encoder,
+        exit_layers=layers,
+        bypass_size=bypass_size,
+        problem_type="regression" if rows.names is None else "single_label_classification",
+        **names,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    check_output_directory(output_dir)
+    limit = min(model.adapter.max_tokens(model.config.encoder_config), tokenizer.model_max_length)
+    trainer = make_trainer(
+        model,
+        tokenizer,
+        tokenize(tokenizer, rows.columns, rows.labels, limit),
+        tokenize(tokenizer, held_out.columns, held_out.labels, limit),
+        output_dir,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        new_learning_rate=new_learning_rate,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    trainer.train()
+    result = trainer.predict(trainer.eval_dataset)
+    for name, value in result.metrics.items():
+        if "accuracy" in name or "mse" in name:
+            typer.echo(f"{name.removeprefix('test_')}: {value:.4f}")
+    if max_accuracy_drop is not None:
+        model.config.exit_policy = choose_threshold(
+            result.predictions[1], result.label_ids, model.exit_layers, model.config.exit_policy, max_accuracy_drop
+        )
+        typer.echo(f"exit policy: {model.config.exit_policy.to_dict()}")
+    model.save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
+    typer.echo(f"Saved {output_dir}; predict with: transformers-badge predict {output_dir} FILE --output OUT.jsonl")
+
+
+def _depth(part: str) -> int:
+    try:
+        return int(part)
+    except ValueError:
+        raise ValueError(
+            f"--exit-layers takes whole numbers separated by commas, such as 2,4,6, got {part!r}."
+        ) from None

@@ -1,0 +1,252 @@
+"""The demo: fine-tune, choose a threshold, measure, save, and load the checkpoint anew in a fresh process."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+# Rows of the shuffled movie reviews: training, then choosing the threshold, then test.
+SPLITS = {"default": (6000, 2800, 1768), "full": (6800, 2000, 1768)}
+EPOCHS = {"default": 1, "full": 3}
+BATCH_ONE_ROWS = 100  # of the test rows: one at a time is slow
+
+EXAMPLES = [
+    "A wonderful, moving film.",
+    "Dull, lifeless and far too long.",
+    "It is not without charm, but the jokes wear thin and the ending never comes together.",
+    "I expected to hate it, and for the first half hour I did; then it won me over.",
+]
+
+_FRESH_PROCESS = """
+import json, sys
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+folder, texts = sys.argv[1], json.loads(sys.argv[2])
+model = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+output = model.early_exit_predict(**tokenizer(texts, padding=True, return_tensors="pt"))
+classify = pipeline("text-classification", model=folder, trust_remote_code=True)
+print(json.dumps({"layers": output.exit_layer.tolist(), "answers": classify(texts, batch_size=len(texts))}))
+"""
+
+
+def run_demo(output_dir: Path, full: bool = False, max_accuracy_drop: float = 0.01, seed: int = 0) -> dict[str, Any]:
+    """Run the whole job and write `checkpoint/`, `report.json` and `tradeoff.png` into a directory.
+
+    Args:
+        output_dir: where everything goes; made if it is missing.
+        full: all rows and 3 epochs instead of a part of them and 1.
+        max_accuracy_drop: how much accuracy early exit may cost, as a share.
+        seed: of everything random.
+
+    Returns:
+        The report, as stored.
+
+    Raises:
+        OSError: the directory cannot be written to, or encoder and data cannot be fetched.
+    """
+    from rich.console import Console
+
+    from transformers_badge.demo.sources import encoder_path, read_reviews
+    from transformers_badge.evaluation.plots import plot_tradeoff
+    from transformers_badge.evaluation.timing import describe_machine
+    from transformers_badge.training.fine_tune import check_output_directory
+
+    console, started = Console(), time.perf_counter()
+    check_output_directory(output_dir)
+    console.rule("1. A pretrained encoder and movie reviews")
+    with console.status("fetching them, once"):
+        encoder, (texts, labels) = encoder_path(), read_reviews("movies")
+    mode = "full" if full else "default"
+    train, calibration, test = np.split(np.arange(sum(SPLITS[mode])), np.cumsum(SPLITS[mode])[:-1])
+    console.print(f"{len(train)} rows to train on, {len(calibration)} to choose a threshold, {len(test)} to test.")
+
+    console.rule("2. Fine-tuning")
+    model, tokenizer, rows, trainer = _fine_tune(encoder, texts, labels, train, output_dir, EPOCHS[mode], seed)
+
+    console.rule("3. Choosing the threshold, and testing")
+    report = _evaluate(model, trainer, rows, calibration, test, max_accuracy_drop)
+    report["max_accuracy_drop"] = max_accuracy_drop
+    report["rows"] = {"train": len(train), "calibration": len(calibration), "test": len(test)}
+    checkpoint = output_dir / "checkpoint"
+    model.save_pretrained(checkpoint)
+    tokenizer.save_pretrained(checkpoint)
+    report["checkpoint"] = str(checkpoint)
+
+    console.rule("4. Timing it")
+    _measure(model, tokenizer, [texts[i] for i in test], report)
+
+    console.rule("5. Loading the checkpoint in a fresh process")
+    report["examples"] = _load_anew(checkpoint)
+    report["machine"] = describe_machine()
+    report["minutes"] = round((time.perf_counter() - started) / 60, 1)
+
+    plot_tradeoff(report, output_dir / "tradeoff.png")
+    unfinished = output_dir / "report.json.unfinished"
+    unfinished.write_text(json.dumps(report, indent=2) + "\n")
+    os.replace(unfinished, output_dir / "report.json")
+    _print_report(console, report, output_dir)
+    return report
+
+
+def _fine_tune(
+    encoder: Path, texts: list[str], labels: Any, train: Any, output_dir: Path, epochs: int, seed: int
+) -> tuple[Any, Any, Any, Any]:
+    from transformers import AutoTokenizer, set_seed
+    from transformers.utils import logging
+
+    from transformers_badge import BadgeForSequenceClassification
+    from transformers_badge.training.fine_tune import make_trainer, tokenize
+
+    set_seed(seed)
+    logging.set_verbosity_error()  # what MiniLM brings and a classifier does not need is no news
+    model = BadgeForSequenceClassification.from_encoder(
+        encoder, id2label={0: "negative", 1: "positive"}, label2id={"negative": 0, "positive": 1}
+    )
+    logging.set_verbosity_warning()
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    rows = tokenize(tokenizer, [texts], labels.tolist(), max_tokens=128)
+    trainer = make_trainer(
+        model,
+        tokenizer,
+        rows.select(train),
+        None,
+        output_dir / "trainer",
+        epochs=epochs,
+        learning_rate=1e-4,
+        batch_size=16,
+        seed=seed,
+    )
+    trainer.train()
+    return model.eval(), tokenizer, rows, trainer
+
+
+def _evaluate(
+    model: Any, trainer: Any, rows: Any, calibration: Any, test: Any, max_accuracy_drop: float
+) -> dict[str, Any]:
+    """Choose the threshold on the calibration rows; what every exit and every threshold does on the test rows."""
+    from transformers_badge.calibration.replay import replay, score_exits, take_exits
+    from transformers_badge.calibration.selection import choose_threshold
+    from transformers_badge.training.metrics import exit_accuracy
+
+    kind = "single_label_classification"
+    # Trainer groups rows by length here too: logits and labels belong together in the order that it returns.
+    held_out, tested = (trainer.predict(rows.select(part)) for part in (calibration, test))
+    policy = choose_threshold(
+        held_out.predictions[1], held_out.label_ids, model.exit_layers, model.config.exit_policy, max_accuracy_drop
+    )
+    model.config.exit_policy = policy
+    logits, labels = tested.predictions[1], tested.label_ids
+
+    layers, right = np.array(model.exit_layers), logits.argmax(-1) == labels[:, None]
+    scores = score_exits(logits, policy, kind)
+
+    def result(taken: Any) -> dict[str, float]:
+        mean = float(layers[taken].mean())
+        accuracy = float(right[np.arange(len(taken)), taken].mean())
+        return {"accuracy": accuracy, "mean_exit_layer": mean, "layer_speedup": float(layers[-1] / mean)}
+
+    thresholds = np.unique(np.quantile(scores[np.isfinite(scores)], np.linspace(0, 1, 60)))
+    curve = [{"threshold": float(t), **result(take_exits(scores, [float(t)] * len(layers)))} for t in thresholds]
+    return {
+        "exit_layers": layers.tolist(),
+        "exit_accuracy": exit_accuracy(logits, labels).tolist(),
+        "full_depth": {"accuracy": float(right[:, -1].mean())},
+        "early_exit": result(replay(logits, policy, kind)),
+        "policy": policy.to_dict(),
+        "curve": curve,
+    }
+
+
+def _measure(model: Any, tokenizer: Any, texts: list[str], report: dict[str, Any]) -> None:
+    """Wall-clock time of early exit against full depth, and against transformers' own classifier with the same encoder.
+
+    Rows come in the order of the data, padded to the longest of their batch; all three contenders get the same
+    batches and take turns. A contender's speedup has to be read beside the layer speedup of the rows that were timed.
+    """
+    import torch
+    from tqdm.auto import tqdm
+    from transformers import BertForSequenceClassification
+
+    from transformers_badge.evaluation.timing import time_in_turns
+
+    plain = BertForSequenceClassification(model.config.encoder_config).eval()
+    plain.bert.load_state_dict(
+        model.encoder.state_dict(), strict=False
+    )  # all but the pooler, which is as costly untrained
+    report["timing"] = []
+    for batch_size, rounds, timed in ((32, 3, texts), (1, 5, texts[:BATCH_ONE_ROWS])):
+        batches = [
+            tokenizer(timed[i : i + batch_size], padding=True, truncation=True, max_length=128, return_tensors="pt")
+            for i in range(0, len(timed), batch_size)
+        ]
+        with torch.no_grad(), tqdm(total=rounds, desc=f"batch size {batch_size}", unit="round") as bar:
+            contenders = {
+                "early_exit": lambda batches=batches: [model.early_exit_predict(**batch) for batch in batches],
+                "full_depth": lambda batches=batches: [model(**batch) for batch in batches],
+                "transformers": lambda batches=batches: [plain(**batch) for batch in batches],
+            }
+            # One pass over everything warms all of it up, and tells the layers of the rows that are timed.
+            layers = torch.cat([model.early_exit_predict(**batch).exit_layer for batch in batches]).double()
+            plain(**batches[0])
+            timings = time_in_turns(contenders, rounds, warmups=0, on_round=bar.update)
+        report["timing"].append(
+            {
+                "batch_size": batch_size,
+                "rows": len(timed),
+                "layer_speedup": float(model.exit_layers[-1] / layers.mean()),
+                "seconds": {name: timings.median(name) for name in contenders},
+                "speedup_over_full_depth": timings.speedup("early_exit", "full_depth"),
+                "speedup_over_transformers": timings.speedup("early_exit", "transformers"),
+            }
+        )
+    in_batches = report["timing"][0]
+    report["full_depth"]["seconds"] = in_batches["seconds"]["full_depth"]
+    report["early_exit"]["seconds"] = in_batches["seconds"]["early_exit"]
+    report["early_exit"]["wall_clock_speedup"] = in_batches["speedup_over_full_depth"]["median"]
+
+
+def _load_anew(checkpoint: Path) -> list[dict[str, Any]]:
+    """The examples as answered by a fresh process, through AutoModel and pipeline."""
+    done = subprocess.run(
+        [sys.executable, "-c", _FRESH_PROCESS, str(checkpoint), json.dumps(EXAMPLES)], capture_output=True, text=True
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"The checkpoint did not load in a fresh process:\n{done.stderr[-2000:]}")
+    answer = json.loads(done.stdout.strip().splitlines()[-1])
+    if answer["layers"] != [entry["exit_layer"] for entry in answer["answers"]]:
+        raise RuntimeError(f"AutoModel and pipeline left at different layers: {answer}")
+    return [{"text": text, **entry} for text, entry in zip(EXAMPLES, answer["answers"], strict=True)]
+
+
+def _print_report(console: Any, report: dict[str, Any], output_dir: Path) -> None:
+    from rich.table import Table
+
+    full, early, blocks = report["full_depth"], report["early_exit"], report["exit_layers"][-1]
+    console.rule("Result")
+    table = Table("exit", *[str(layer) for layer in report["exit_layers"]])
+    table.add_row("test accuracy", *[f"{100 * accuracy:.1f} %" for accuracy in report["exit_accuracy"]])
+    console.print(table)
+    console.print(
+        f"Full depth: {100 * full['accuracy']:.2f} %. Early exit: {100 * early['accuracy']:.2f} % at mean exit layer "
+        f"{early['mean_exit_layer']:.2f} of {blocks}, a layer speedup of {early['layer_speedup']:.2f}x."
+    )
+    table = Table("batch size", "rows", "layer speedup", "in seconds, over full depth", "over transformers' own BERT")
+    for entry in report["timing"]:
+        cells = [
+            "{median:.2f}x ({min:.2f} to {max:.2f})".format(**entry[name])
+            for name in ("speedup_over_full_depth", "speedup_over_transformers")
+        ]
+        table.add_row(str(entry["batch_size"]), str(entry["rows"]), f"{entry['layer_speedup']:.2f}x", *cells)
+    console.print(table)
+    table = Table("text", "label", "score", "left after block")
+    for entry in report["examples"]:
+        table.add_row(entry["text"], entry["label"], f"{entry['score']:.2f}", str(entry["exit_layer"]))
+    console.print(table)
+    console.print(f"Policy: {report['policy']}")
+    console.print(f"{report['minutes']} minutes. Wrote checkpoint/, report.json and tradeoff.png to {output_dir}.")

@@ -1,0 +1,1 @@
+"""Measuring: timings side by side, and pictures."""

@@ -1,0 +1,64 @@
+"""Answers for many texts: batches of similar length, results in the order of the input."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+
+def predict_texts(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str] | Sequence[tuple[str, str]],
+    batch_size: int = 32,
+    on_batch: Callable[[int], None] = lambda rows: None,
+    **overrides: Any,
+) -> list[dict[str, Any]]:
+    """Classify texts with early exit.
+
+    Args:
+        model: a `BadgeForSequenceClassification`.
+        tokenizer: the tokenizer of its encoder.
+        texts: texts, or pairs of texts.
+        batch_size: rows per batch; texts of similar length share one. No answer depends on it.
+        on_batch: called with the number of rows that were answered, after each batch.
+        **overrides: fields of the exit policy.
+
+    Returns:
+        One `{"label": ..., "score": ..., "exit_layer": ...}` per text, in the order of the texts. For multi-label
+        models label and score are lists of the labels whose probability is at least 0.5; for regression score is the
+        value itself.
+
+    Raises:
+        ValueError: a batch size below 1, or a bad policy.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    results: list[dict[str, Any]] = [{} for _ in texts]
+    limit = model.adapter.max_tokens(model.config.encoder_config)
+    columns = (
+        [list(column) for column in zip(*texts, strict=True)] if texts and not isinstance(texts[0], str) else [texts]
+    )
+    encoded = tokenizer(*columns, truncation=True, max_length=min(limit, tokenizer.model_max_length))
+    order = sorted(range(len(texts)), key=lambda row: len(encoded["input_ids"][row]))
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = tokenizer.pad({name: [encoded[name][row] for row in rows] for name in encoded}, return_tensors="pt")
+        output = model.early_exit_predict(**batch.to(model.device), **overrides)
+        answers = answer_rows(output.logits, model.config)
+        for row, answer, layer in zip(rows, answers, output.exit_layer.tolist(), strict=True):
+            results[row] = {**answer, "exit_layer": layer}
+        on_batch(len(rows))
+    return results
+
+
+def answer_rows(logits: Any, config: Any) -> list[dict[str, Any]]:
+    """Labels and scores in words: logits (rows, labels) to one dict per row."""
+    logits, names = logits.float(), config.id2label
+    if config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1):
+        return [{"label": names[0], "score": value} for value in logits[:, 0].tolist()]
+    if config.problem_type == "multi_label_classification":
+        likely = [[(names[i], p) for i, p in enumerate(row) if p >= 0.5] for row in torch.sigmoid(logits).tolist()]
+        return [{"label": [name for name, _ in row], "score": [p for _, p in row]} for row in likely]
+    scores, labels = torch.softmax(logits, dim=-1).max(dim=-1)
+    return [{"label": names[i], "score": p} for i, p in zip(labels.tolist(), scores.tolist(), strict=True)]

@@ -1,0 +1,277 @@
+"""Configuration of a BADGE model, the exit policy included: plain, typed data that validates itself."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+
+from .criteria_badge import CRITERIA, DIVERGENCES
+from .encoders_badge import get_adapter
+
+
+# What a config file may hold besides the fields of BadgeConfig: keys that transformers itself reads or writes.
+_TRANSFORMERS_KEYS = {
+    "_attn_implementation_internal", "_commit_hash", "_experts_implementation_internal", "_name_or_path",
+    "_output_attentions", "attn_implementation", "auto_map", "custom_pipelines", "experts_implementation", "model_type",
+    "name_or_path", "num_labels", "output_attentions", "quantization_config", "tie_word_embeddings", "torch_dtype",
+    "use_cache", "use_return_dict",
+}  # fmt: skip
+
+_PIPELINES = {
+    "text-classification": {
+        "impl": "pipeline_badge.BadgeTextClassificationPipeline",
+        "pt": ["AutoModelForSequenceClassification"],
+        "type": "text",
+    }
+}
+
+
+def _check_keys(name: str, given: Any, known: Any) -> None:
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ValueError(f"{name} does not know {', '.join(map(repr, unknown))}; it takes {', '.join(sorted(known))}.")
+
+
+def _is_number(value: Any) -> bool:
+    return not isinstance(value, bool) and hasattr(value, "__float__") and getattr(value, "ndim", 0) == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitPolicy:
+    """When a row leaves: a criterion, its dials and its thresholds. Plain data; `criteria_badge` gives it meaning.
+
+    Args:
+        criterion: `"dge"`, `"entropy"` or `"patience"`.
+        threshold: leave at an exit whose score is at most this. One number >= 0 for all exits, or one per exit, where
+            `None` closes an exit (the last exit always answers, whatever stands for it). `None`: never leave early.
+        window: dge only: how many exits, this one included, have to agree.
+        confidence_weight: dge only: weight of the mean entropy over the window. 0 is divergence alone.
+        divergence: dge only: `"jensen_shannon"`, or `"kl"`, `"reverse_kl"`, `"symmetric_kl"` between neighbours.
+        patience: how many exits in a row have to be ready (dge, entropy), or to confirm the prediction (patience).
+
+    Raises:
+        ValueError: a value outside what is written above; the message names the field.
+    """
+
+    criterion: str = "dge"
+    threshold: float | tuple[float | None, ...] | None = None
+    window: int = 2
+    confidence_weight: float = 1.0
+    divergence: str = "jensen_shannon"
+    patience: int = 1
+
+    def __post_init__(self) -> None:
+        for name, known in (("criterion", CRITERIA), ("divergence", DIVERGENCES)):
+            if getattr(self, name) not in list(known):
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {getattr(self, name)!r}.")
+        for name in ("window", "patience"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number of exits, at least 1, got {value!r}.")
+        weight = self.confidence_weight
+        if not (_is_number(weight) and math.isfinite(weight) and weight >= 0):
+            raise ValueError(f"confidence_weight must be a finite number >= 0, got {weight!r}.")
+        if self.criterion == "dge" and self.window == 1 and weight == 0:
+            raise ValueError(
+                "window=1 with confidence_weight=0 leaves nothing to score: give a window of at least 2, "
+                "or a confidence_weight above 0."
+            )
+        # A frozen dataclass can be normalised only this way; JSON brings lists and numpy its own scalars.
+        object.__setattr__(self, "confidence_weight", float(weight))
+        object.__setattr__(self, "threshold", self._normalised_threshold())
+
+    def _normalised_threshold(self) -> float | tuple[float | None, ...] | None:
+        value: Any = self.threshold
+        if value is None:
+            return None
+        if _is_number(value):
+            return self._checked_threshold(value)
+        if isinstance(value, str) or not hasattr(value, "__iter__"):
+            raise ValueError(f"threshold must be a number, a list with one per exit, or None, got {value!r}.")
+        return tuple(None if item is None else self._checked_threshold(item) for item in value)
+
+    @staticmethod
+    def _checked_threshold(value: Any) -> float:
+        if not _is_number(value) or math.isnan(value) or value < 0:
+            raise ValueError(
+                f"threshold must be a number >= 0 (scores are never negative), got {value!r}; use None to never leave."
+            )
+        return float(value)
+
+    @classmethod
+    def of(cls, value: "ExitPolicy | Mapping[str, Any] | None", **overrides: Any) -> "ExitPolicy":
+        """A policy from a policy, a dict or nothing (the default), with some fields overridden.
+
+        Raises:
+            ValueError: an unknown field, a bad value, or another criterion with the thresholds of the first.
+        """
+        # Not isinstance: code loaded from a checkpoint can hold a second copy of this class.
+        data = dict(value) if isinstance(value, Mapping) else {} if value is None else getattr(value, "__dict__", None)
+        if data is None:
+            raise ValueError(f"An exit policy must be an ExitPolicy or a dict, got {value!r}.")
+        names = [field.name for field in fields(cls)]
+        _check_keys("An exit policy", {**data, **overrides}, names)
+        stored = data.get("criterion", cls.criterion)
+        wanted = overrides.get("criterion", stored)
+        if wanted != stored and data.get("threshold") is not None and "threshold" not in overrides:
+            raise ValueError(
+                f"The policy's threshold was chosen for criterion={stored!r}: "
+                f"pass a threshold together with criterion={wanted!r}."
+            )
+        return cls(**{**data, **overrides})
+
+    def thresholds(self, num_exits: int) -> list[float | None]:
+        """One threshold per exit; `None` where nobody leaves.
+
+        Raises:
+            ValueError: the policy holds a list of another length.
+        """
+        if not isinstance(self.threshold, tuple):
+            return [self.threshold] * num_exits
+        if len(self.threshold) != num_exits:
+            raise ValueError(
+                f"threshold lists {len(self.threshold)} numbers, but the model has {num_exits} exits: give one per "
+                "exit (the last is never used), or a single number."
+            )
+        return list(self.threshold)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The policy as JSON can hold it."""
+        data = asdict(self)
+        if isinstance(self.threshold, tuple):
+            data["threshold"] = list(self.threshold)
+        return data
+
+
+@strict
+class BadgeConfig(PreTrainedConfig):
+    """Configuration of `BadgeForSequenceClassification`.
+
+    The bottleneck width, the place where the bypass attaches, the loss weights and the policy are choices of this
+    project: the paper's text beyond its abstract was not at hand.
+
+    Args:
+        encoder_config: the encoder's own config, as an object or a dict with its `model_type`. Default: BERT base.
+        bypass_size: bottleneck width of the bypasses; 0: no bypasses. Default: hidden size / 12, about 1.4 % of a
+            BERT block's FLOPs.
+        exit_layers: depths that have an exit, ascending, from 1 to the number of blocks; the last block must have one.
+            Default: every block.
+        exit_loss_weights: `"linear"` (an exit weighs its depth), `"uniform"`, or one number per exit. The loss is the
+            weighted mean over the exits.
+        exit_gradient: 1.0 lets the gradients of the exits into the encoder, 0.0 stops them (nothing of the encoder is
+            trained), and a number between scales them.
+        pooling: what an exit reads: `"mean"` of the tokens, or the first token, `"cls"`.
+        exit_dropout: dropout before every exit's classifier.
+        label_smoothing: smoothing of the loss of every exit. Use this, not Trainer's, which trains the last exit only.
+        exit_policy: an `ExitPolicy` or a dict of its fields. The default never leaves early.
+        id2label, label2id, num_labels, problem_type: as everywhere in transformers.
+
+    Raises:
+        ValueError: an unknown key, or a value outside what is written above; the message names the field.
+        huggingface_hub.errors.StrictDataclassFieldValidationError: a value of the wrong type.
+    """
+
+    model_type = "badge"
+    sub_configs = {"encoder_config": AutoConfig}  # noqa: RUF012
+
+    encoder_config: dict[str, Any] | PreTrainedConfig | None = None
+    bypass_size: int | None = None
+    exit_layers: list[int] | None = None
+    exit_loss_weights: Literal["linear", "uniform"] | list[float | int] = "linear"
+    exit_gradient: float | int = 1.0
+    pooling: Literal["mean", "cls"] = "mean"
+    exit_dropout: float | int = 0.1
+    label_smoothing: float | int = 0.0
+    exit_policy: Any = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        _check_keys("BadgeConfig", set(kwargs) - _TRANSFORMERS_KEYS, {f.name for f in fields(self)} | {"num_labels"})
+        encoder = {"model_type": "bert"} if self.encoder_config is None else self.encoder_config
+        if isinstance(encoder, dict):
+            encoder = dict(encoder)
+            model_type = encoder.pop("model_type", None)
+            get_adapter(model_type)  # an unsupported family is named here, before transformers tries to build it
+            encoder = AutoConfig.for_model(model_type, **encoder)
+        self.encoder_config = encoder
+        get_adapter(encoder.model_type)
+        if self.bypass_size is None:
+            self.bypass_size = max(1, encoder.hidden_size // 12)
+        if self.exit_layers is None:
+            self.exit_layers = list(range(1, encoder.num_hidden_layers + 1))
+        # pipeline() reads this from config.json to find the pipeline that ships with the checkpoint.
+        kwargs.setdefault("custom_pipelines", {task: dict(entry) for task, entry in _PIPELINES.items()})
+        super().__post_init__(**kwargs)
+        self.validate_badge()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "exit_policy":
+            value = ExitPolicy.of(value)
+        super().__setattr__(name, value)
+
+    def validate_badge(self) -> None:
+        """Check the values that depend on each other. Called on creation and again by transformers before a save."""
+        blocks = self.num_hidden_layers
+        layers: list[int] = self.exit_layers  # type: ignore[assignment]
+        if self.bypass_size < 0:  # type: ignore[operator]
+            raise ValueError(f"bypass_size must be 0 (no bypasses) or a positive width, got {self.bypass_size}.")
+        if not layers or layers != sorted(set(layers)) or layers[0] < 1 or layers[-1] != blocks:
+            raise ValueError(
+                f"exit_layers must be ascending depths from 1 to {blocks} that end with the last block, {blocks}, "
+                f"got {layers}."
+            )
+        weights = self.exit_loss_weights
+        if not isinstance(weights, str):
+            if len(weights) != len(layers):
+                raise ValueError(f"exit_loss_weights lists {len(weights)} numbers for {len(layers)} exits.")
+            if not all(math.isfinite(w) and w >= 0 for w in weights) or sum(weights) == 0:
+                raise ValueError(f"exit_loss_weights must be finite, not negative and not all 0, got {weights}.")
+        for name, top in (("exit_gradient", 1.0), ("exit_dropout", 1.0), ("label_smoothing", 1.0)):
+            value = getattr(self, name)
+            if not 0 <= value <= top:
+                raise ValueError(f"{name} must be between 0 and {top}, got {value}.")
+        if self.label_smoothing and self.problem_type == "regression":
+            raise ValueError("label_smoothing has no meaning for problem_type='regression': set it to 0.")
+        self.exit_policy.thresholds(len(layers))
+
+    @property
+    def loss_weights(self) -> list[float]:
+        """The weight of every exit's loss; they sum to 1."""
+        weights = {"linear": self.exit_layers, "uniform": [1.0] * len(self.exit_layers or [])}.get(
+            self.exit_loss_weights if isinstance(self.exit_loss_weights, str) else "", self.exit_loss_weights
+        )
+        return [float(weight) / sum(weights) for weight in weights]  # type: ignore[union-attr,arg-type]
+
+    @property
+    def hidden_size(self) -> int:
+        """The encoder's hidden size."""
+        return int(self.get_text_config().hidden_size)
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """The encoder's number of blocks."""
+        return int(self.get_text_config().num_hidden_layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as JSON can hold it."""
+        output: dict[str, Any] = super().to_dict()
+        output["exit_policy"] = self.exit_policy.to_dict()
+        output["encoder_config"].pop("_name_or_path", None)  # where the encoder lay is nobody's business
+        return output
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> Any:
+        """The encoder's config: where transformers looks for, and keeps up to date, the size of the vocabulary."""
+        return self.encoder_config
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "BadgeConfig":
+        """As in transformers; a config of another model is an error that says what to call instead."""
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(
+                f"This is a checkpoint of model_type {model_type!r}, not of 'badge'. To put exits on an encoder, call "
+                "BadgeForSequenceClassification.from_encoder with it."
+            )
+        return super().from_dict(config_dict, **kwargs)  # type: ignore[no-any-return]

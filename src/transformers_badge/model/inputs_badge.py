@@ -1,0 +1,103 @@
+"""Checks of what a user hands to the model: each failure is one sentence that says what was wrong and what to do."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_inputs(input_ids: Any, attention_mask: Any, inputs_embeds: Any, vocab_size: int, max_tokens: int) -> None:
+    """Check shapes, types and ranges of a batch.
+
+    Args:
+        input_ids: (rows, tokens), whole numbers in [0, vocab_size); or else
+        inputs_embeds: (rows, tokens, hidden).
+        attention_mask: (rows, tokens) of 0 and 1, at least one 1 in every row; or `None`.
+
+    Raises:
+        TypeError: not tensors of the right type.
+        ValueError: an empty batch, no tokens, too many tokens, ids or mask outside their range.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("Give either input_ids or inputs_embeds, and not both.")
+    tokens = input_ids if inputs_embeds is None else inputs_embeds
+    name, axes = ("input_ids", 2) if inputs_embeds is None else ("inputs_embeds", 3)
+    for what, value in ((name, tokens), ("attention_mask", attention_mask)):
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{what} must be a tensor, got {type(value).__name__}; tokenize with return_tensors='pt'.")
+    if tokens.ndim != axes:
+        shape = "(rows, tokens)" if axes == 2 else "(rows, tokens, hidden)"
+        raise ValueError(f"{name} must have the shape {shape}, got {tuple(tokens.shape)}.")
+    if tokens.shape[0] == 0:
+        raise ValueError("The batch is empty: give at least one row.")
+    if tokens.shape[1] == 0:
+        raise ValueError("The rows have no tokens: a text needs at least one, its special tokens included.")
+    if tokens.shape[1] > max_tokens:
+        raise ValueError(
+            f"The rows have {tokens.shape[1]} tokens, but this encoder takes at most {max_tokens}: "
+            f"tokenize with truncation=True, max_length={max_tokens}."
+        )
+    if input_ids is not None and (input_ids.dtype.is_floating_point or input_ids.dtype == torch.bool):
+        raise TypeError(f"input_ids must be whole numbers, got {input_ids.dtype}.")
+    if attention_mask is not None and attention_mask.shape != tokens.shape[:2]:
+        raise ValueError(
+            f"attention_mask must have the shape {tuple(tokens.shape[:2])} of {name}, "
+            f"got {tuple(attention_mask.shape)}."
+        )
+    if torch.compiler.is_compiling():  # what follows looks at values, which a traced graph does not have
+        return
+    # One wait for the device; an id out of range would otherwise end a CUDA process with an assertion.
+    if input_ids is not None:
+        low, high = torch.stack(input_ids.aminmax()).tolist()
+        if low < 0 or high >= vocab_size:
+            raise ValueError(
+                f"input_ids must be in [0, {vocab_size}), the encoder's vocabulary, got {low if low < 0 else high}: "
+                "use the tokenizer that belongs to this encoder."
+            )
+    if attention_mask is not None:
+        if not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
+            raise ValueError("attention_mask must hold only 0 (padding) and 1 (token).")
+        empty = (~attention_mask.bool().any(dim=1)).nonzero().flatten().tolist()
+        if empty:
+            raise ValueError(f"attention_mask is all zero in row {empty[0]}: every row needs at least one token.")
+
+
+def check_labels(labels: Any, rows: int, num_labels: int, problem_type: str) -> Tensor:
+    """Labels in the type and shape that the loss takes.
+
+    Returns:
+        (rows,) int64 for single-label; (rows, num_labels) float32, for multi-label in [0, 1].
+
+    Raises:
+        TypeError: labels of a type that the problem does not have.
+        ValueError: labels of another shape, or outside the range.
+    """
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a tensor, got {type(labels).__name__}.")
+    whole = not labels.dtype.is_floating_point
+    if problem_type == "single_label_classification":
+        if not whole or labels.dtype == torch.bool:
+            raise TypeError(f"labels of problem_type={problem_type!r} must be whole numbers, got {labels.dtype}.")
+        if labels.numel() != rows:
+            raise ValueError(f"labels must have the shape ({rows},), one class per row, got {tuple(labels.shape)}.")
+        labels = labels.reshape(rows).long()
+        if not torch.compiler.is_compiling():
+            low, high = torch.stack(labels.aminmax()).tolist()
+            if low < 0 or high >= num_labels:
+                raise ValueError(f"labels must be in [0, {num_labels}), got {low if low < 0 else high}.")
+        return labels  # type: ignore[no-any-return]
+    shape = (rows, num_labels)
+    if tuple(labels.shape) != shape and not (num_labels == 1 and tuple(labels.shape) == (rows,)):
+        raise ValueError(
+            f"labels of problem_type={problem_type!r} must have the shape {shape}, got {tuple(labels.shape)}."
+        )
+    if whole and problem_type == "multi_label_classification" and labels.dtype != torch.bool:
+        raise TypeError("labels of problem_type='multi_label_classification' must be floats (0. or 1.) or booleans, "
+                        f"got {labels.dtype}.")  # fmt: skip
+    labels = labels.reshape(shape).float()
+    if not torch.compiler.is_compiling():
+        if not bool(labels.isfinite().all()):
+            raise ValueError("labels must be finite, got NaN or infinity.")
+        if problem_type == "multi_label_classification" and not bool(((labels >= 0) & (labels <= 1)).all()):
+            raise ValueError("labels of problem_type='multi_label_classification' must be in [0, 1].")
+    return labels  # type: ignore[no-any-return]

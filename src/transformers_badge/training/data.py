@@ -1,0 +1,113 @@
+"""Rows from a file or a data set of the hub."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class LabelledRows:
+    """Texts and labels, ready to tokenize.
+
+    Args:
+        columns: one list of texts per text column (two for pairs).
+        labels: one per row: a class index, or a float for regression.
+        names: the names of the classes; `None` for regression.
+    """
+
+    columns: list[list[str]]
+    labels: list[Any]
+    names: list[str] | None
+
+
+def load_table(source: str, split: str = "train") -> Any:
+    """A `datasets.Dataset` from a CSV, TSV, JSON, JSONL, Parquet or text file, or from the hub by name.
+
+    Raises:
+        OSError: there is no such file and no such data set within reach.
+        ValueError: the file cannot be read as what its ending says, or has no rows.
+    """
+    import datasets
+
+    readers = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+    path = Path(source)
+    if path.is_file():
+        if path.suffix.lower() not in readers:
+            raise ValueError(f"{source} must end in one of {', '.join(readers)}, got {path.suffix!r}.")
+        if path.stat().st_size == 0:
+            raise ValueError(f"{source} is empty: give a file with at least one row.")
+        options = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
+        try:
+            table = datasets.load_dataset(readers[path.suffix.lower()], data_files=str(path), split="train", **options)
+        except Exception as error:  # datasets wraps what its readers raise in classes of its own
+            reason = str(error.__cause__ or error).splitlines()[0]
+            raise ValueError(f"{source} could not be read as {path.suffix[1:]} ({reason}).") from error
+    elif path.suffix or path.is_absolute():
+        raise FileNotFoundError(f"There is no file {source}: check the path.")
+    else:
+        try:
+            table = datasets.load_dataset(source, split=split)
+        except Exception as error:
+            raise OSError(
+                f"There is no file {source}, and no data set of that name could be loaded "
+                f"({str(error).splitlines()[0]})."
+            ) from error
+    if len(table) == 0:
+        raise ValueError(f"{source} has no rows.")
+    return table
+
+
+def text_columns(table: Any, names: list[str], source: str) -> list[list[str]]:
+    """The named columns as lists of texts, one list per column.
+
+    Raises:
+        ValueError: a column is missing, or holds something else than texts; the message names the row.
+    """
+    columns = []
+    for name in names:
+        _check_column(table, name, source)
+        column = list(table[name])
+        for row, text in enumerate(column):
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(f"Row {row + 1} of {source} has no text in column {name!r}: got {text!r}.")
+        columns.append(column)
+    return columns
+
+
+def labelled_rows(
+    table: Any, text_names: list[str], label_name: str, source: str, known: list[str] | None = None
+) -> LabelledRows:
+    """Texts with labels. Texts and whole numbers are classes; fractions are values to predict.
+
+    Args:
+        known: the class names of another part of the data; a class outside them is an error.
+
+    Raises:
+        ValueError: a column is missing, a label is missing, only one class, or a class not among the known.
+    """
+    columns = text_columns(table, text_names, source)
+    _check_column(table, label_name, source)
+    labels = list(table[label_name])
+    for row, label in enumerate(labels):
+        if label is None:
+            raise ValueError(f"Row {row + 1} of {source} has no label in column {label_name!r}.")
+    if known is None and all(isinstance(label, float) for label in labels):
+        return LabelledRows(columns, labels, None)
+    feature = table.features[label_name]
+    texts = [feature.int2str(label) if hasattr(feature, "int2str") else str(label) for label in labels]
+    whole = all(isinstance(label, int) for label in labels)
+    names = known or sorted(set(texts), key=(lambda text: int(text) if whole and text.lstrip("-").isdigit() else text))
+    if len(names) < 2:
+        raise ValueError(f"Column {label_name!r} of {source} holds one class only ({names[0]!r}): two are needed.")
+    index = {name: i for i, name in enumerate(names)}
+    for row, text in enumerate(texts):
+        if text not in index:
+            raise ValueError(
+                f"Row {row + 1} of {source} has the class {text!r}, which is not among {', '.join(names)}."
+            )
+    return LabelledRows(columns, [index[text] for text in texts], names)
+
+
+def _check_column(table: Any, name: str, source: str) -> None:
+    if name not in table.column_names:
+        raise ValueError(f"{source} has no column {name!r}; it has {', '.join(map(repr, table.column_names))}.")

@@ -1,0 +1,42 @@
+"""Small models of every family, and the real encoder and sentences."""
+
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a hub
+
+import pytest
+import torch
+
+from tiny import FAMILIES, tiny_model
+from transformers_badge.demo.sources import encoder_path, read_reviews
+
+
+torch.set_num_threads(1)  # tiny models gain nothing from more, and the tests run in several processes
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def family(request):
+    return request.param
+
+
+@pytest.fixture
+def model(family):
+    return tiny_model(family)
+
+
+@pytest.fixture
+def bert():
+    return tiny_model("bert")
+
+
+@pytest.fixture(scope="session")
+def minilm():
+    """The folder of a real pretrained encoder, with its tokenizer."""
+    return str(encoder_path())
+
+
+@pytest.fixture(scope="session")
+def reviews():
+    """Real movie-review sentences and their polarity."""
+    return read_reviews("movies")

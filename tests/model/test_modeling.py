@@ -1,0 +1,140 @@
+"""Bypasses, exits and the forward pass."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForSequenceClassification, BertConfig, BertModel
+
+from tiny import pad, random_rows, tiny_config, tiny_model
+from transformers_badge import BadgeConfig, BadgeForSequenceClassification
+
+
+BATCH = pad(random_rows([9, 4, 12]))
+
+
+def test_fresh_bypasses_change_nothing(family):
+    torch.manual_seed(0)
+    with_bypass = BadgeForSequenceClassification(tiny_config(family, bypass_size=8)).eval()
+    without = BadgeForSequenceClassification(tiny_config(family, bypass_size=0)).eval()
+    without.load_state_dict({name: value for name, value in with_bypass.state_dict().items() if "bypasses" not in name})
+    with torch.no_grad():
+        assert torch.equal(with_bypass(**BATCH).exit_logits, without(**BATCH).exit_logits)
+        with_bypass.bypasses[
+            1
+        ].up.weight.normal_()  # the control: a bypass that is not zero does change the later exits
+        difference = (with_bypass(**BATCH).exit_logits - without(**BATCH).exit_logits).abs().amax(dim=(0, 2))
+    assert difference[0] == 0
+    assert (difference[1:] > 1e-3).all()
+
+
+def test_bypasses_never_touch_the_encoder_stream(model):
+    with torch.no_grad():
+        before = model(**BATCH, output_hidden_states=True).hidden_states
+        for bypass in model.bypasses:
+            bypass.up.weight.normal_()
+        after = model(**BATCH, output_hidden_states=True).hidden_states
+    assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+
+
+def test_the_model_is_the_formula(bert):
+    """h_m, b_m and z_m of the design, written out."""
+    with torch.no_grad():
+        hidden = bert.encoder(**BATCH, output_hidden_states=True).hidden_states
+        weights = BATCH["attention_mask"][..., None].float()
+        bypass_state = torch.zeros_like(hidden[0])
+        for m, (bypass, exit_) in enumerate(zip(bert.bypasses, bert.exits, strict=True), start=1):
+            read = torch.nn.functional.layer_norm(
+                hidden[m - 1] + bypass_state, (32,), bypass.norm.weight, bypass.norm.bias
+            )
+            bypass_state = bypass_state + bypass.up(torch.nn.functional.gelu(bypass.down(read)))
+            pooled = ((hidden[m] + bypass_state) * weights).sum(1) / weights.sum(1)
+            expected = exit_.classifier(pooled)
+            assert torch.allclose(bert(**BATCH).exit_logits[:, m - 1], expected, atol=1e-5)
+
+
+def test_pre_norm_exits_read_through_a_norm_of_their_own():
+    model = tiny_model("modernbert")
+    norms = [type(exit_.norm) for exit_ in model.exits]
+    assert norms == [torch.nn.LayerNorm] * 3 + [torch.nn.Identity]  # the last reads through the encoder's
+    assert all(isinstance(exit_.norm, torch.nn.Identity) for exit_ in tiny_model("bert").exits)
+
+
+def test_bypass_flops_are_the_closed_form_and_at_most_two_percent():
+    torch.manual_seed(0)
+    rows, tokens = 2, 64
+    batch = {"input_ids": torch.randint(0, 1000, (rows, tokens))}
+    encoder = {"model_type": "bert", "num_hidden_layers": 2, "vocab_size": 1000}
+
+    def flops(bypass_size):
+        model = BadgeForSequenceClassification(BadgeConfig(encoder_config=encoder, bypass_size=bypass_size)).eval()
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(**batch)
+        return counter.get_total_flops(), model.config.bypass_size
+
+    (with_bypass, width), (without, _) = flops(None), flops(0)
+    assert with_bypass - without == 2 * 2 * 2 * rows * tokens * 768 * width  # blocks x matrices x multiply-add
+    assert (with_bypass - without) / without <= 0.02
+
+
+def test_from_encoder_keeps_every_weight_of_the_encoder(tmp_path):
+    torch.manual_seed(1)
+    source = BertModel(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64))
+    source.save_pretrained(tmp_path)
+    model = BadgeForSequenceClassification.from_encoder(tmp_path, num_labels=4, bypass_size=3, exit_layers=[1, 2])
+    assert (model.num_labels, model.config.bypass_size, model.training) == (4, 3, False)
+    ours = model.encoder.state_dict()
+    theirs = {name: value for name, value in source.state_dict().items() if "pooler" not in name}
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    assert all((bypass.up.weight == 0).all() for bypass in model.bypasses)
+    assert all(exit_.classifier.weight.std() > 0 for exit_ in model.exits)
+    assert model.config.exit_policy.threshold is None
+
+
+def test_from_encoder_says_what_is_wrong(tmp_path):
+    tiny_model("bert").save_pretrained(tmp_path / "badge")
+    with pytest.raises(ValueError, match="BADGE checkpoint already: load it with from_pretrained"):
+        BadgeForSequenceClassification.from_encoder(tmp_path / "badge")
+    BertConfig(num_hidden_layers=1).save_pretrained(tmp_path / "bare")
+    with pytest.raises(ValueError, match="does not know 'num_label'"):
+        BadgeForSequenceClassification.from_encoder(tmp_path / "bare", num_label=3)
+    with pytest.raises(OSError, match="model.safetensors"):
+        BadgeForSequenceClassification.from_encoder(tmp_path / "bare")
+    with pytest.raises(OSError, match="no/such/folder"):
+        BadgeForSequenceClassification.from_encoder("no/such/folder")
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_attention_implementation_reaches_the_encoder(tmp_path, model, attention):
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path, attn_implementation=attention)
+    assert loaded.encoder.config._attn_implementation == attention
+    with torch.no_grad():
+        assert torch.allclose(loaded(**BATCH).exit_logits, model(**BATCH).exit_logits, atol=1e-5)
+
+
+def test_a_tuple_is_returned_when_asked_for(bert):
+    loss, logits, exit_logits = bert(**BATCH, labels=torch.tensor([0, 1, 2]), return_dict=False)
+    assert (loss.shape, logits.shape, exit_logits.shape) == ((), (3, 3), (3, 4, 3))
+
+
+def test_the_vocabulary_can_be_resized(bert):
+    bert.resize_token_embeddings(120)
+    batch = {"input_ids": torch.tensor([[119, 5]])}
+    assert bert(**batch).logits.shape == (1, 3)
+    assert bert.early_exit_predict(**batch).logits.shape == (1, 3)
+
+
+def test_gradient_checkpointing_changes_no_gradient(family):
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_model(family)
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        for module in model.modules():  # training mode switches checkpointing on; dropout stays off, to compare
+            module.training = not isinstance(module, torch.nn.Dropout) and "Attention" not in type(module).__name__
+        model(**BATCH, labels=torch.tensor([0, 1, 2])).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert torch.allclose(gradient, gradients[1][name], atol=1e-6), name

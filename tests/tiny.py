@@ -1,0 +1,101 @@
+"""Tiny models with random weights, one per encoder family, and random inputs for them."""
+
+from typing import Any
+
+import torch
+
+from transformers_badge import BadgeConfig, BadgeForSequenceClassification
+
+
+VOCABULARY = 100
+PAD = 1
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "bert": {
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "max_position_embeddings": 160,
+    },
+    "roberta": {
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "max_position_embeddings": 160,
+    },
+    "distilbert": {
+        "dim": 32,
+        "n_layers": 4,
+        "n_heads": 4,
+        "hidden_dim": 64,
+        "max_position_embeddings": 160,
+    },
+    "modernbert": {
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "max_position_embeddings": 160,
+        "local_attention": 8,  # narrow enough that rows outgrow the sliding window
+        "bos_token_id": 2,
+        "cls_token_id": 2,
+        "eos_token_id": 3,
+        "sep_token_id": 3,
+    },
+}
+
+
+def tiny_config(family: str, **fields: Any) -> BadgeConfig:
+    encoder = {
+        "model_type": family,
+        "vocab_size": VOCABULARY,
+        "pad_token_id": PAD,
+        "initializer_range": 0.15,
+        **FAMILIES[family],
+        **fields.pop("encoder", {}),
+    }
+    return BadgeConfig(**{"num_labels": 3, "encoder_config": encoder, **fields})
+
+
+def tiny_model(family: str, seed: int = 0, **fields: Any) -> BadgeForSequenceClassification:
+    """A model in eval mode whose bypasses are far from their zero start, and whose exits tell rows apart.
+
+    Random encoders answer all rows alike; the exits are shifted and stretched so that their logits have mean 0 and
+    standard deviation 1.5 over random rows.
+    """
+    torch.manual_seed(seed)
+    model = BadgeForSequenceClassification(tiny_config(family, **fields)).eval()
+    probe = pad(random_rows([int(n) for n in torch.randint(1, 60, (64,))], seed=seed + 1))
+    with torch.no_grad():
+        for bypass in model.bypasses:
+            bypass.up.weight.normal_(std=0.3)
+        for exit_ in model.exits:
+            exit_.classifier.weight.normal_(std=0.6)
+        for _ in range(2):
+            logits = model(**probe).exit_logits
+            for index, exit_ in enumerate(model.exits):
+                exit_.classifier.weight.mul_(1.5 / logits[:, index].std(dim=0)[:, None])
+                exit_.classifier.bias.mul_(1.5 / logits[:, index].std(dim=0))
+            for index, exit_ in enumerate(model.exits):
+                exit_.classifier.bias.sub_(model(**probe).exit_logits[:, index].mean(dim=0))
+    return model
+
+
+def random_rows(lengths: list[int], seed: int = 0) -> list[torch.Tensor]:
+    """Rows of token ids without padding tokens among them."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(PAD + 1, VOCABULARY, (length,), generator=generator) for length in lengths]
+
+
+def pad(rows: list[torch.Tensor], side: str = "right", extra: int = 0) -> dict[str, torch.Tensor]:
+    """A batch of rows, padded to the longest and `extra` columns more."""
+    width = max(len(row) for row in rows) + extra
+    ids = torch.full((len(rows), width), PAD)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for i, row in enumerate(rows):
+        columns = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
+        ids[i, columns] = row
+        mask[i, columns] = 1
+    return {"input_ids": ids, "attention_mask": mask}
