@@ -184,7 +184,7 @@ def test_dropout_is_off_and_the_mode_comes_back(bert):
     batch = pad(random_rows(LENGTHS))
     expected = bert.early_exit_predict(**batch, threshold=0.75)
     bert.train()
-    bert.exits[0].eval()
+    bert.exits[0].eval()  # frozen by somebody
     output = bert.early_exit_predict(**batch, threshold=0.75)
     assert torch.equal(output.logits, expected.logits)
     assert bert.training

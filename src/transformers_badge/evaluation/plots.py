@@ -48,7 +48,7 @@ def plot_tradeoff(record: dict[str, Any], path: Path) -> None:
               label=f"chosen: {chosen['layer_speedup']:.2f}x at {100 * chosen['accuracy']:.1f} %")  # fmt: skip
     axes.set_xlabel("layer speedup (blocks / mean exit layer)")
     axes.set_ylabel("test accuracy (%)")
-    axes.set_xlim(left=0.9)
+    axes.set_xlim(0.9, 1.07 * blocks)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
     axes.legend(frameon=False, fontsize=8.5, loc="lower left")

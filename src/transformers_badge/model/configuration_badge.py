@@ -116,7 +116,12 @@ class ExitPolicy:
         _check_keys("An exit policy", {**data, **overrides}, names)
         stored = data.get("criterion", cls.criterion)
         wanted = overrides.get("criterion", stored)
-        if wanted != stored and data.get("threshold") is not None and "threshold" not in overrides:
+        if (
+            wanted in list(CRITERIA)
+            and wanted != stored
+            and data.get("threshold") is not None
+            and "threshold" not in overrides
+        ):
             raise ValueError(
                 f"The policy's threshold was chosen for criterion={stored!r}: "
                 f"pass a threshold together with criterion={wanted!r}."

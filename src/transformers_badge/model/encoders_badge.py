@@ -67,9 +67,9 @@ class BertAdapter:
         hidden_states = self.blocks(encoder)[layer - 1](hidden_states, **arguments)
         return hidden_states
 
-    def final_norm(self, encoder: Any) -> nn.Module:
-        """What the encoder does to its stream after the last block."""
-        return nn.Identity()
+    def final_norm(self, encoder: Any) -> nn.Module | None:
+        """What the encoder does to its stream after the last block; `None`: nothing."""
+        return None
 
 
 class RobertaAdapter(BertAdapter):
@@ -151,7 +151,7 @@ class ModernBertAdapter(BertAdapter):
         kind = encoder.config.layer_types[layer - 1]
         return super().run_block(encoder, layer, hidden_states, arguments[kind])
 
-    def final_norm(self, encoder: Any) -> nn.Module:
+    def final_norm(self, encoder: Any) -> nn.Module | None:
         norm: nn.Module = encoder.final_norm
         return norm
 

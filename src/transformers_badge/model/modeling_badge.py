@@ -266,10 +266,11 @@ class BadgeForSequenceClassification(BadgePreTrainedModel):
         config = self.config
         problem_type = infer_problem_type(config.problem_type, self.num_labels, labels)
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        state = self._embed(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        tokens = self._check(input_ids, attention_mask, inputs_embeds)
         if labels is not None:
-            labels = check_labels(labels, len(state.hidden_states), self.num_labels, problem_type)
+            labels = check_labels(labels, len(tokens), self.num_labels, problem_type)
             config.problem_type = problem_type  # as in transformers: the labels settle what the config left open
+        state = self._embed(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
 
         exit_logits: list[Tensor] = []
         hidden_states = [state.hidden_states]
@@ -282,8 +283,9 @@ class BadgeForSequenceClassification(BadgePreTrainedModel):
             hidden_states.append(state.hidden_states)
 
         run_blocks(self, state, on_exit, *([on_block] if output_hidden_states else []))
-        if output_hidden_states:
-            hidden_states[-1] = self.adapter.final_norm(self.encoder)(hidden_states[-1])
+        final_norm = self.adapter.final_norm(self.encoder)
+        if output_hidden_states and final_norm is not None:
+            hidden_states[-1] = final_norm(hidden_states[-1])
 
         stacked = torch.stack(exit_logits, dim=1)
         loss = None
@@ -335,22 +337,24 @@ class BadgeForSequenceClassification(BadgePreTrainedModel):
         policy = ExitPolicy.of(self.config.exit_policy if policy is None else policy, **overrides)
         policy.thresholds(len(self.exit_layers))  # a list of the wrong length is an error before any work is done
         problem_type = infer_problem_type(self.config.problem_type, self.num_labels, None)
+        tokens = self._check(input_ids, attention_mask, inputs_embeds)
+        mask = np.ones(tokens.shape[:2], dtype=bool) if attention_mask is None else attention_mask.cpu().numpy() > 0
         with self._without_dropout():
-            state = self._embed(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-            rows, tokens, _ = state.hidden_states.shape
-            mask = np.ones((rows, tokens), dtype=bool) if attention_mask is None else attention_mask.cpu().numpy() > 0
+            state = self._embed(
+                input_ids, None if mask.all() else attention_mask, token_type_ids, position_ids, inputs_embeds
+            )
             exit_logits, exit_taken = predict_with_policy(self, state, mask, self.num_labels, policy, problem_type)
         device, dtype = state.hidden_states.device, state.hidden_states.dtype
         logits = torch.from_numpy(exit_logits).to(device, dtype)
         return EarlyExitOutput(
-            logits=logits[torch.arange(rows, device=device), torch.from_numpy(exit_taken).to(device)],
+            logits=logits[torch.arange(len(mask), device=device), torch.from_numpy(exit_taken).to(device)],
             exit_layer=torch.tensor(self.exit_layers)[torch.from_numpy(exit_taken)].to(device),
             exit_logits=logits if output_exit_logits else None,
         )
 
     @contextmanager
     def _without_dropout(self) -> Iterator[None]:
-        training = [module for module in self.modules() if module.training]
+        training = [module for module in self.modules() if module.training] if self.training else []
         try:
             for module in training:
                 module.training = False
@@ -358,6 +362,12 @@ class BadgeForSequenceClassification(BadgePreTrainedModel):
         finally:
             for module in training:
                 module.training = True
+
+    def _check(self, input_ids: Any, attention_mask: Any, inputs_embeds: Any) -> Tensor:
+        """The tokens of a batch, ids or embeddings, once it is known to be sound."""
+        config = self.config.get_text_config()
+        check_inputs(input_ids, attention_mask, inputs_embeds, config.vocab_size, self.adapter.max_tokens(config))
+        return input_ids if inputs_embeds is None else inputs_embeds  # type: ignore[no-any-return]
 
     # The stages of the loop over blocks (see early_exit_badge.Stages).
 
@@ -369,13 +379,11 @@ class BadgeForSequenceClassification(BadgePreTrainedModel):
         position_ids: Tensor | None,
         inputs_embeds: Tensor | None,
     ) -> BlockState:
-        """Check the inputs and embed them."""
-        config: Any = self.config.encoder_config
-        check_inputs(input_ids, attention_mask, inputs_embeds, config.vocab_size, self.adapter.max_tokens(config))
+        """The state of all rows before the first block."""
         tokens: Any = input_ids if inputs_embeds is None else inputs_embeds
         if position_ids is None:
             columns = torch.arange(tokens.shape[1], device=tokens.device)
-            position_ids = self.adapter.position_ids(config, columns, input_ids, attention_mask)
+            position_ids = self.adapter.position_ids(self.encoder.config, columns, input_ids, attention_mask)
         inputs = {
             "input_ids": input_ids,
             "inputs_embeds": inputs_embeds,
@@ -397,8 +405,8 @@ class BadgeForSequenceClassification(BadgePreTrainedModel):
     def read_exit(self, exit_index: int, state: BlockState) -> Tensor:
         """Logits (rows, labels) of exit `exit_index` (from 0)."""
         reading = state.reading
-        if exit_index == len(self.exits) - 1:
-            norm = self.adapter.final_norm(self.encoder)
+        norm = self.adapter.final_norm(self.encoder) if exit_index == len(self.exits) - 1 else None
+        if norm is not None:
             weights = {name: self._read_from_encoder(weight) for name, weight in norm.named_parameters()}
             reading = torch.func.functional_call(norm, weights, (reading,))
         return self.exits[exit_index](reading, state.attention_mask)  # type: ignore[no-any-return]
