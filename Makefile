@@ -5,7 +5,7 @@ DEMO_OUTPUT ?= demo-output
 BENCH_OUTPUT ?= bench-output
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test lint bench docs clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -33,6 +33,9 @@ lint: setup  ## Mend what the linters can mend
 
 bench: setup  ## Run the timed comparisons (BENCH_OUTPUT=dir)
 	$(BIN)/python benchmarks/run.py --output-dir $(BENCH_OUTPUT)
+
+docs: setup  ## Make the tables, the README's figures and the picture from the records in docs/records
+	$(BIN)/python benchmarks/write_docs.py
 
 clean:  ## Remove what the other targets made
 	rm -rf .venv $(DEMO_OUTPUT) $(BENCH_OUTPUT)

@@ -14,6 +14,7 @@ import numpy as np
 # Rows of the shuffled movie reviews: training, then choosing the threshold, then test.
 SPLITS = {"default": (6000, 2800, 1768), "full": (6800, 2000, 1768)}
 EPOCHS = {"default": 1, "full": 3}
+BATCH_SIZE, LEARNING_RATE, MAX_TOKENS = 16, 1e-4, 128
 TIMED_ROWS = {32: 1024, 1: 100}  # of the test rows, by batch size
 
 EXAMPLES = [
@@ -110,7 +111,7 @@ def _fine_tune(
     )
     logging.set_verbosity_warning()
     tokenizer = AutoTokenizer.from_pretrained(encoder)
-    rows = tokenize(tokenizer, [texts], labels.tolist(), max_tokens=128)
+    rows = tokenize(tokenizer, [texts], labels.tolist(), max_tokens=MAX_TOKENS)
     trainer = make_trainer(
         model,
         tokenizer,
@@ -118,8 +119,8 @@ def _fine_tune(
         None,
         output_dir / "trainer",
         epochs=epochs,
-        learning_rate=1e-4,
-        batch_size=16,
+        learning_rate=LEARNING_RATE,
+        batch_size=BATCH_SIZE,
         seed=seed,
     )
     trainer.train()
@@ -183,7 +184,9 @@ def _measure(model: Any, tokenizer: Any, texts: list[str], report: dict[str, Any
     for batch_size, rounds in ((32, 3), (1, 5)):
         timed = texts[: TIMED_ROWS[batch_size]]
         batches = [
-            tokenizer(timed[i : i + batch_size], padding=True, truncation=True, max_length=128, return_tensors="pt")
+            tokenizer(
+                timed[i : i + batch_size], padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
+            )
             for i in range(0, len(timed), batch_size)
         ]
         with torch.no_grad(), tqdm(total=rounds, desc=f"batch size {batch_size}", unit="round") as bar:

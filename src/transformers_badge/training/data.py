@@ -96,7 +96,11 @@ def labelled_rows(
     feature = table.features[label_name]
     texts = [feature.int2str(label) if hasattr(feature, "int2str") else str(label) for label in labels]
     whole = all(isinstance(label, int) for label in labels)
-    names = known or sorted(set(texts), key=(lambda text: int(text) if whole and text.lstrip("-").isdigit() else text))
+    names = (
+        known
+        or getattr(feature, "names", None)
+        or sorted(set(texts), key=(lambda text: int(text) if whole and text.lstrip("-").isdigit() else text))
+    )
     if len(names) < 2:
         raise ValueError(f"Column {label_name!r} of {source} holds one class only ({names[0]!r}): two are needed.")
     index = {name: i for i, name in enumerate(names)}
