@@ -8,7 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a hub
 import pytest
 import torch
 
-from tiny import FAMILIES, tiny_model
+from tiny import EVERY_FAMILY, FAMILIES, tiny_model
 from transformers_badge.demo.sources import encoder_path, read_reviews
 
 
@@ -17,6 +17,11 @@ torch.set_num_threads(1)  # tiny models gain nothing from more, and the tests ru
 
 @pytest.fixture(params=sorted(FAMILIES))
 def family(request):
+    return request.param
+
+
+@pytest.fixture(params=sorted(EVERY_FAMILY))
+def every_family(request):
     return request.param
 
 

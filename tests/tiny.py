@@ -10,40 +10,53 @@ from transformers_badge import BadgeConfig, BadgeForSequenceClassification
 VOCABULARY = 100
 PAD = 1
 
+_BERT_LIKE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 160,
+}
+_TOKENS = {"bos_token_id": 2, "cls_token_id": 2, "eos_token_id": 3, "sep_token_id": 3}
+
+# Four families that differ: every test that goes through families goes through these.
 FAMILIES: dict[str, dict[str, Any]] = {
-    "bert": {
-        "hidden_size": 32,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "intermediate_size": 64,
-        "max_position_embeddings": 160,
+    "bert": _BERT_LIKE,
+    "roberta": _BERT_LIKE,
+    "distilbert": {"dim": 32, "n_layers": 4, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": 160},
+    # A window narrow enough that rows outgrow it.
+    "modernbert": {**_BERT_LIKE, "local_attention": 8, **_TOKENS},
+}
+
+# All of them: the tests of the adapters go through these.
+EVERY_FAMILY: dict[str, dict[str, Any]] = {
+    **FAMILIES,
+    "albert": {**_BERT_LIKE, "embedding_size": 16, "num_hidden_groups": 2},
+    "camembert": _BERT_LIKE,
+    "deberta": {
+        **_BERT_LIKE,
+        "relative_attention": True,
+        "pos_att_type": ["c2p", "p2c"],
+        "position_biased_input": False,
     },
-    "roberta": {
-        "hidden_size": 32,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "intermediate_size": 64,
-        "max_position_embeddings": 160,
+    "deberta-v2": {
+        **_BERT_LIKE,
+        "relative_attention": True,
+        "pos_att_type": ["c2p", "p2c"],
+        "position_biased_input": False,
+        "position_buckets": 16,
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": True,
+        "conv_kernel_size": 3,
+        "conv_act": "gelu",
     },
-    "distilbert": {
-        "dim": 32,
-        "n_layers": 4,
-        "n_heads": 4,
-        "hidden_dim": 64,
-        "max_position_embeddings": 160,
-    },
-    "modernbert": {
-        "hidden_size": 32,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "intermediate_size": 64,
-        "max_position_embeddings": 160,
-        "local_attention": 8,  # narrow enough that rows outgrow the sliding window
-        "bos_token_id": 2,
-        "cls_token_id": 2,
-        "eos_token_id": 3,
-        "sep_token_id": 3,
-    },
+    "electra": {**_BERT_LIKE, "embedding_size": 16},
+    "ernie": _BERT_LIKE,
+    "eurobert": {**_BERT_LIKE, "num_key_value_heads": 2, "bos_token_id": 2, "eos_token_id": 3},
+    "megatron-bert": _BERT_LIKE,
+    "mpnet": _BERT_LIKE,
+    "nomic_bert": {**_BERT_LIKE, "head_dim": 8},
+    "xlm-roberta": _BERT_LIKE,
 }
 
 
@@ -53,7 +66,7 @@ def tiny_config(family: str, **fields: Any) -> BadgeConfig:
         "vocab_size": VOCABULARY,
         "pad_token_id": PAD,
         "initializer_range": 0.15,
-        **FAMILIES[family],
+        **EVERY_FAMILY[family],
         **fields.pop("encoder", {}),
     }
     return BadgeConfig(**{"num_labels": 3, "encoder_config": encoder, **fields})

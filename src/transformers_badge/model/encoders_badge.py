@@ -4,16 +4,18 @@ An adapter holds no state. The encoder is an argument of every method, so that c
 needs no care here.
 """
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask, create_bidirectional_sliding_window_mask
 
 
 class BertAdapter:
-    """bert: absolute positions, post-norm blocks that need an attention mask."""
+    """bert, ernie: absolute positions, post-norm blocks that need an attention mask."""
 
-    model_types: ClassVar[tuple[str, ...]] = ("bert",)
+    model_types: ClassVar[tuple[str, ...]] = ("bert", "ernie")
     # Pre-norm blocks hand on an unnormalised stream: an exit has to normalise what it reads.
     pre_norm: ClassVar[bool] = False
 
@@ -39,22 +41,20 @@ class BertAdapter:
             return None
         return (columns - attention_mask.long().argmax(dim=1, keepdim=True)).clamp(min=0)
 
-    def embed(self, encoder: Any, inputs: dict[str, Tensor | None]) -> Tensor:
+    def embed(self, encoder: Any, inputs: dict[str, Tensor | None], attention_mask: Tensor | None) -> Tensor:
         """h_0, (rows, tokens, hidden), from input_ids or inputs_embeds, token_type_ids and position_ids."""
         hidden_states: Tensor = encoder.embeddings(**inputs)
         return hidden_states
 
-    def blocks(self, encoder: Any) -> nn.ModuleList:
+    def blocks(self, encoder: Any) -> Sequence[nn.Module]:
         """The transformer blocks, first to last."""
-        blocks: nn.ModuleList = encoder.encoder.layer
+        blocks: Sequence[nn.Module] = encoder.encoder.layer
         return blocks
 
     def block_arguments(
         self, encoder: Any, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
     ) -> dict[str, Any]:
-        """What the blocks need besides hidden_states (rows, tokens, hidden). Made anew when rows or columns are
-        dropped.
-        """
+        """What the blocks need besides hidden_states (rows, tokens, hidden); made anew when any of them are dropped."""
         mask = create_bidirectional_mask(
             config=encoder.config,
             inputs_embeds=hidden_states,
@@ -73,12 +73,16 @@ class BertAdapter:
 
 
 class RobertaAdapter(BertAdapter):
-    """roberta: as bert, but positions start after the padding index and are read off the token ids."""
+    """roberta and its kin: as bert, but positions start after the padding index and are read off the token ids."""
 
-    model_types = ("roberta",)
+    model_types: ClassVar[tuple[str, ...]] = ("roberta", "xlm-roberta", "camembert")
+
+    def padding_index(self, config: Any) -> int:
+        """The position that stands for padding; that of the first token is one more."""
+        return int(config.pad_token_id)
 
     def max_tokens(self, config: Any) -> int:
-        return int(config.max_position_embeddings - config.pad_token_id - 1)
+        return int(config.max_position_embeddings - self.padding_index(config) - 1)
 
     def position_ids(
         self, config: Any, columns: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None
@@ -86,7 +90,28 @@ class RobertaAdapter(BertAdapter):
         if input_ids is not None or attention_mask is None:
             return None
         positions: Any = super().position_ids(config, columns, None, attention_mask)
-        return positions + config.pad_token_id + 1  # type: ignore[no-any-return]
+        return positions + self.padding_index(config) + 1  # type: ignore[no-any-return]
+
+
+class MPNetAdapter(RobertaAdapter):
+    """mpnet: positions as in roberta, no token types, and a bias for relative positions that all blocks share."""
+
+    model_types = ("mpnet",)
+
+    def padding_index(self, config: Any) -> int:
+        return 1
+
+    def embed(self, encoder: Any, inputs: dict[str, Tensor | None], attention_mask: Tensor | None) -> Tensor:
+        return super().embed(encoder, _without_token_types(inputs), attention_mask)
+
+    def block_arguments(
+        self, encoder: Any, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+    ) -> dict[str, Any]:
+        arguments = super().block_arguments(encoder, hidden_states, attention_mask, position_ids)
+        return {**arguments, "position_bias": encoder.encoder.compute_position_bias(hidden_states)}
+
+    def run_block(self, encoder: Any, layer: int, hidden_states: Tensor, arguments: dict[str, Any]) -> Tensor:
+        return super().run_block(encoder, layer, hidden_states, arguments)[0]
 
 
 class DistilBertAdapter(BertAdapter):
@@ -97,18 +122,93 @@ class DistilBertAdapter(BertAdapter):
     def encoder_arguments(self) -> dict[str, Any]:
         return {}
 
-    def embed(self, encoder: Any, inputs: dict[str, Tensor | None]) -> Tensor:
-        return super().embed(encoder, {name: value for name, value in inputs.items() if name != "token_type_ids"})
+    def embed(self, encoder: Any, inputs: dict[str, Tensor | None], attention_mask: Tensor | None) -> Tensor:
+        return super().embed(encoder, _without_token_types(inputs), attention_mask)
 
-    def blocks(self, encoder: Any) -> nn.ModuleList:
-        blocks: nn.ModuleList = encoder.transformer.layer
+    def blocks(self, encoder: Any) -> Sequence[nn.Module]:
+        blocks: Sequence[nn.Module] = encoder.transformer.layer
         return blocks
 
 
-class ModernBertAdapter(BertAdapter):
-    """modernbert: pre-norm; rotary positions and a mask for each kind of attention, full and sliding window."""
+class ElectraAdapter(BertAdapter):
+    """electra: as bert, with embeddings that may be narrower than the blocks."""
 
-    model_types = ("modernbert",)
+    model_types = ("electra",)
+
+    def encoder_arguments(self) -> dict[str, Any]:
+        return {}
+
+    def embed(self, encoder: Any, inputs: dict[str, Tensor | None], attention_mask: Tensor | None) -> Tensor:
+        hidden_states = super().embed(encoder, inputs, attention_mask)
+        return encoder.embeddings_project(hidden_states) if hasattr(encoder, "embeddings_project") else hidden_states
+
+
+class AlbertAdapter(BertAdapter):
+    """albert: as bert, with narrow embeddings, and groups of blocks that share their weights."""
+
+    model_types = ("albert",)
+
+    def embed(self, encoder: Any, inputs: dict[str, Tensor | None], attention_mask: Tensor | None) -> Tensor:
+        hidden_states: Tensor = encoder.encoder.embedding_hidden_mapping_in(
+            super().embed(encoder, inputs, attention_mask)
+        )
+        return hidden_states
+
+    def blocks(self, encoder: Any) -> Sequence[nn.Module]:
+        groups, number = encoder.encoder.albert_layer_groups, encoder.config.num_hidden_layers
+        return [groups[layer * len(groups) // number] for layer in range(number)]
+
+
+class MegatronBertAdapter(BertAdapter):
+    """megatron-bert: as bert, but pre-norm, with a norm after the last block."""
+
+    model_types = ("megatron-bert",)
+    pre_norm = True
+
+    def run_block(self, encoder: Any, layer: int, hidden_states: Tensor, arguments: dict[str, Any]) -> Tensor:
+        return super().run_block(encoder, layer, hidden_states, arguments)[0]
+
+    def final_norm(self, encoder: Any) -> nn.Module | None:
+        norm: nn.Module = encoder.encoder.ln
+        return norm
+
+
+class DebertaAdapter(BertAdapter):
+    """deberta, deberta-v2: relative positions, a mask of their own, and in v2 a convolution beside the first block."""
+
+    model_types = ("deberta", "deberta-v2")
+
+    def encoder_arguments(self) -> dict[str, Any]:
+        return {}
+
+    def embed(self, encoder: Any, inputs: dict[str, Tensor | None], attention_mask: Tensor | None) -> Tensor:
+        # Sets padding to zero: the convolution of v2 looks across the edge of a text.
+        return super().embed(encoder, {**inputs, "mask": attention_mask}, attention_mask)
+
+    def block_arguments(
+        self, encoder: Any, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+    ) -> dict[str, Any]:
+        if attention_mask is None:
+            attention_mask = torch.ones(hidden_states.shape[:2], dtype=torch.long, device=hidden_states.device)
+        blocks = encoder.encoder
+        return {
+            "tokens": attention_mask,
+            "attention_mask": blocks.get_attention_mask(attention_mask),
+            "relative_pos": blocks.get_rel_pos(hidden_states),
+            "rel_embeddings": blocks.get_rel_embedding(),
+        }
+
+    def run_block(self, encoder: Any, layer: int, hidden_states: Tensor, arguments: dict[str, Any]) -> Tensor:
+        tokens, arguments = arguments["tokens"], {name: arguments[name] for name in arguments if name != "tokens"}
+        output = super().run_block(encoder, layer, hidden_states, arguments)[0]
+        convolution = getattr(encoder.encoder, "conv", None) if layer == 1 else None
+        return output if convolution is None else convolution(hidden_states, output, tokens)
+
+
+class EuroBertAdapter(BertAdapter):
+    """eurobert: pre-norm, with rotary positions."""
+
+    model_types = ("eurobert",)
     pre_norm = True
 
     def encoder_arguments(self) -> dict[str, Any]:
@@ -120,13 +220,46 @@ class ModernBertAdapter(BertAdapter):
         # Rotary positions are relative: where a row starts is of no account, so all rows can share one.
         return columns[None]
 
-    def embed(self, encoder: Any, inputs: dict[str, Tensor | None]) -> Tensor:
+    def embed(self, encoder: Any, inputs: dict[str, Tensor | None], attention_mask: Tensor | None) -> Tensor:
+        embeddings = inputs["inputs_embeds"]
+        return encoder.embed_tokens(inputs["input_ids"]) if embeddings is None else embeddings
+
+    def blocks(self, encoder: Any) -> Sequence[nn.Module]:
+        blocks: Sequence[nn.Module] = encoder.layers
+        return blocks
+
+    def block_arguments(
+        self, encoder: Any, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+    ) -> dict[str, Any]:
+        arguments = super().block_arguments(encoder, hidden_states, attention_mask, position_ids)
+        return {**arguments, "position_embeddings": encoder.rotary_emb(hidden_states, position_ids)}
+
+    def final_norm(self, encoder: Any) -> nn.Module | None:
+        norm: nn.Module = encoder.norm
+        return norm
+
+
+class NomicBertAdapter(EuroBertAdapter):
+    """nomic_bert: rotary positions, but post-norm, with token types."""
+
+    model_types = ("nomic_bert",)
+    pre_norm = False
+
+    def embed(self, encoder: Any, inputs: dict[str, Tensor | None], attention_mask: Tensor | None) -> Tensor:
+        return BertAdapter.embed(self, encoder, inputs, attention_mask)
+
+    def final_norm(self, encoder: Any) -> nn.Module | None:
+        return None
+
+
+class ModernBertAdapter(EuroBertAdapter):
+    """modernbert: pre-norm; rotary positions and a mask for each kind of attention, full and sliding window."""
+
+    model_types = ("modernbert",)
+
+    def embed(self, encoder: Any, inputs: dict[str, Tensor | None], attention_mask: Tensor | None) -> Tensor:
         hidden_states: Tensor = encoder.embeddings(input_ids=inputs["input_ids"], inputs_embeds=inputs["inputs_embeds"])
         return hidden_states
-
-    def blocks(self, encoder: Any) -> nn.ModuleList:
-        blocks: nn.ModuleList = encoder.layers
-        return blocks
 
     def block_arguments(
         self, encoder: Any, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
@@ -156,9 +289,25 @@ class ModernBertAdapter(BertAdapter):
         return norm
 
 
+def _without_token_types(inputs: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    return {name: value for name, value in inputs.items() if name != "token_type_ids"}
+
+
 _ADAPTERS = {
     model_type: adapter
-    for adapter in (BertAdapter(), RobertaAdapter(), DistilBertAdapter(), ModernBertAdapter())
+    for adapter in (
+        AlbertAdapter(),
+        BertAdapter(),
+        DebertaAdapter(),
+        DistilBertAdapter(),
+        ElectraAdapter(),
+        EuroBertAdapter(),
+        MPNetAdapter(),
+        MegatronBertAdapter(),
+        ModernBertAdapter(),
+        NomicBertAdapter(),
+        RobertaAdapter(),
+    )
     for model_type in adapter.model_types
 }
 

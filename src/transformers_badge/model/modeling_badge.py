@@ -391,7 +391,7 @@ class BadgeForSequenceClassification(BadgePreTrainedModel):
             "position_ids": position_ids,
         }
         with self._encoder_gradients():
-            hidden_states = self.adapter.embed(self.encoder, inputs)
+            hidden_states = self.adapter.embed(self.encoder, inputs, attention_mask)
             arguments = self.adapter.block_arguments(self.encoder, hidden_states, attention_mask, position_ids)
         return self._state(hidden_states, None, attention_mask, position_ids, arguments)
 
