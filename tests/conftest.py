@@ -45,3 +45,10 @@ def minilm():
 def reviews():
     """Real movie-review sentences and their polarity."""
     return read_reviews("movies")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print what tests recorded: captured output of a passing test would go unseen."""
+    for report in terminalreporter.stats.get("passed", []):
+        for name, value in report.user_properties:
+            terminalreporter.write_line(f"{name}: {value}")

@@ -72,7 +72,7 @@ def pools():
     return {family: Pool(family) for family in FAMILIES}
 
 
-def test_2000_random_batches_answer_as_one_row_at_a_time(pools, capsys):
+def test_2000_random_batches_answer_as_one_row_at_a_time(pools, record_property):
     generator = np.random.default_rng(3)
     cells = [(family, name) for family in sorted(pools) for name in POLICIES]
     wrong, excused, rows, batches = {}, 0, 0, 0
@@ -84,9 +84,11 @@ def test_2000_random_batches_answer_as_one_row_at_a_time(pools, capsys):
             bad, close = pool.compare(chosen, "left" if number % 4 == 0 else "right")
             wrong[family, name] = wrong.get((family, name), 0) + bad
             excused, rows, batches = excused + close, rows + len(chosen), batches + 1
-    with capsys.disabled():
-        print(f"\n{batches} batches, {rows} rows: {sum(wrong.values())} answered otherwise, "
-              f"{excused} more with a score within 1e-5 of a threshold")  # fmt: skip
+    record_property(
+        "batch invariance",
+        f"{batches} batches, {rows} rows: {sum(wrong.values())} answered otherwise, "
+        f"{excused} more with a score within 1e-5 of a threshold",
+    )
     assert batches == BATCHES
     assert {cell: count for cell, count in wrong.items() if count} == {}
 
