@@ -124,6 +124,14 @@ def test_gradient_checkpointing_and_bf16_run(tmp_path, family, options):
     assert any(not torch.equal(before[name], value) for name, value in run.model.state_dict().items())
 
 
+def test_what_trainer_leaves_on_the_config_does_not_keep_a_checkpoint_from_loading(tmp_path):
+    model = tiny_model("bert", num_labels=2)
+    for key in ("pad_token_id", "bos_token_id", "eos_token_id", "use_cache"):  # set by one release or another
+        setattr(model.config, key, 1)
+    model.save_pretrained(tmp_path)
+    assert BadgeForSequenceClassification.from_pretrained(tmp_path).config.pad_token_id == 1
+
+
 def test_a_run_can_be_resumed(tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 4, "num_train_epochs": 1}
     whole = trainer(without_dropout(), tmp_path / "whole", **saving)

@@ -12,12 +12,12 @@ from .criteria_badge import CRITERIA, DIVERGENCES
 from .encoders_badge import get_adapter
 
 
-# What a config file may hold besides the fields of BadgeConfig: keys that transformers itself reads or writes.
+# What a config file may hold besides the fields of BadgeConfig: keys that transformers and its Trainer read or write.
 _TRANSFORMERS_KEYS = {
     "_attn_implementation_internal", "_commit_hash", "_experts_implementation_internal", "_name_or_path",
-    "_output_attentions", "attn_implementation", "auto_map", "custom_pipelines", "experts_implementation", "model_type",
-    "name_or_path", "num_labels", "output_attentions", "quantization_config", "tie_word_embeddings", "torch_dtype",
-    "use_cache", "use_return_dict",
+    "_output_attentions", "attn_implementation", "auto_map", "bos_token_id", "custom_pipelines", "eos_token_id",
+    "experts_implementation", "model_type", "name_or_path", "num_labels", "output_attentions", "pad_token_id",
+    "quantization_config", "tie_word_embeddings", "torch_dtype", "use_cache", "use_return_dict",
 }  # fmt: skip
 
 _PIPELINES = {
