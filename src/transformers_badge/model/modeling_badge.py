@@ -200,8 +200,8 @@ class BadgeForSequenceClassification(BadgePreTrainedModel):
 
         Args:
             name_or_path: a checkpoint of a supported encoder, as `AutoModel.from_pretrained` takes it.
-            **arguments: fields of `BadgeConfig` (`num_labels`, `exit_layers`, ...), and of loading: `cache_dir`, `dtype`,
-                `attn_implementation`, `force_download`, `local_files_only`, `revision`, `subfolder`, `token`.
+            **arguments: fields of `BadgeConfig` (`num_labels`, `exit_layers`, ...), and of loading: `cache_dir`,
+                `attn_implementation`, `dtype`, `force_download`, `local_files_only`, `revision`, `subfolder`, `token`.
 
         Raises:
             ValueError: the encoder's family is not supported, or a field is unknown or has a bad value.
