@@ -114,19 +114,14 @@ class ExitPolicy:
             raise ValueError(f"An exit policy must be an ExitPolicy or a dict, got {value!r}.")
         names = [field.name for field in fields(cls)]
         _check_keys("An exit policy", {**data, **overrides}, names)
+        policy = cls(**{**data, **overrides})
         stored = data.get("criterion", cls.criterion)
-        wanted = overrides.get("criterion", stored)
-        if (
-            wanted in list(CRITERIA)
-            and wanted != stored
-            and data.get("threshold") is not None
-            and "threshold" not in overrides
-        ):
+        if policy.criterion != stored and policy.threshold is not None and "threshold" not in overrides:
             raise ValueError(
                 f"The policy's threshold was chosen for criterion={stored!r}: "
-                f"pass a threshold together with criterion={wanted!r}."
+                f"pass a threshold together with criterion={policy.criterion!r}."
             )
-        return cls(**{**data, **overrides})
+        return policy
 
     def thresholds(self, num_exits: int) -> list[float | None]:
         """One threshold per exit; `None` where nobody leaves.

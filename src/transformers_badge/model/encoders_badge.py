@@ -192,17 +192,18 @@ class DebertaAdapter(BertAdapter):
             attention_mask = torch.ones(hidden_states.shape[:2], dtype=torch.long, device=hidden_states.device)
         blocks = encoder.encoder
         return {
-            "tokens": attention_mask,
-            "attention_mask": blocks.get_attention_mask(attention_mask),
-            "relative_pos": blocks.get_rel_pos(hidden_states),
-            "rel_embeddings": blocks.get_rel_embedding(),
+            "convolution": attention_mask,
+            "block": {
+                "attention_mask": blocks.get_attention_mask(attention_mask),
+                "relative_pos": blocks.get_rel_pos(hidden_states),
+                "rel_embeddings": blocks.get_rel_embedding(),
+            },
         }
 
     def run_block(self, encoder: Any, layer: int, hidden_states: Tensor, arguments: dict[str, Any]) -> Tensor:
-        tokens, arguments = arguments["tokens"], {name: arguments[name] for name in arguments if name != "tokens"}
-        output = super().run_block(encoder, layer, hidden_states, arguments)[0]
+        output = super().run_block(encoder, layer, hidden_states, arguments["block"])[0]
         convolution = getattr(encoder.encoder, "conv", None) if layer == 1 else None
-        return output if convolution is None else convolution(hidden_states, output, tokens)
+        return output if convolution is None else convolution(hidden_states, output, arguments["convolution"])
 
 
 class EuroBertAdapter(BertAdapter):
