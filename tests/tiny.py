@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from transformers import AutoModelForSequenceClassification
 
 from transformers_badge import BadgeConfig, BadgeForSequenceClassification
 
@@ -85,6 +86,9 @@ def tiny_model(family: str, seed: int = 0, **fields: Any) -> BadgeForSequenceCla
         for bypass in model.bypasses:
             bypass.up.weight.normal_(std=0.3)
         for exit_ in model.exits:
+            if hasattr(exit_, "query"):
+                exit_.query.weight.normal_(std=0.3)
+        for exit_ in model.exits:
             exit_.classifier.weight.normal_(std=0.6)
         for _ in range(2):
             logits = model(**probe).exit_logits
@@ -94,6 +98,13 @@ def tiny_model(family: str, seed: int = 0, **fields: Any) -> BadgeForSequenceCla
             for index, exit_ in enumerate(model.exits):
                 exit_.classifier.bias.sub_(model(**probe).exit_logits[:, index].mean(dim=0))
     return model
+
+
+def tiny_classifier(family: str, seed: int = 0, **fields: Any) -> Any:
+    """transformers' own classifier of a family, in eval mode; its fields are those of the encoder's config."""
+    torch.manual_seed(seed)
+    config = tiny_config(family, encoder={"num_labels": 3, **fields}, num_labels=fields.get("num_labels", 3))
+    return AutoModelForSequenceClassification.from_config(config.encoder_config).eval()
 
 
 def random_rows(lengths: list[int], seed: int = 0) -> list[torch.Tensor]:

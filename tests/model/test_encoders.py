@@ -122,6 +122,21 @@ def test_rows_are_answered_alone_as_in_any_batch(every_family):
         assert all(torch.allclose(together.logits[i], alone[i].logits[0], atol=1e-5) for i in sure)
 
 
+@pytest.mark.parametrize("pooling", ["attention", "mean", "cls"])
+@pytest.mark.parametrize("reads", ["pooled", "block_output", "block_input"])
+def test_rows_leave_alike_whatever_bypasses_and_exits_read(family, reads, pooling):
+    model, rows = tiny_model(family, bypass_reads=reads, pooling=pooling), random_rows(LENGTHS)
+    with torch.no_grad():
+        exit_logits = model(**pad(rows)).exit_logits
+    scores = score_exits(exit_logits.double().numpy(), model.config.exit_policy, "single_label_classification")
+    ordered = np.sort(scores, axis=0)
+    thresholds = [float(value) for value in ordered[1:3].mean(axis=0)]  # between two rows: two leave at each exit
+    early = model.early_exit_predict(**pad(rows, "left", extra=5), threshold=thresholds, output_exit_logits=True)
+    seen = ~early.exit_logits.isnan()
+    assert 0 < (~seen).sum()  # some did leave, so that rows were dropped
+    assert torch.allclose(early.exit_logits[seen], exit_logits[seen], atol=1e-5)
+
+
 def test_right_padding_gives_the_positions_of_transformers():
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
     assert BertAdapter().position_ids(None, torch.arange(4), None, mask).tolist() == [[0, 1, 2, 3], [0, 1, 2, 3]]

@@ -10,6 +10,7 @@ from transformers_badge import BadgeConfig, BadgeForSequenceClassification
 
 
 BATCH = pad(random_rows([9, 4, 12]))
+WITHOUT_CHECKPOINTING = {"albert", "mpnet"}
 
 
 def test_fresh_bypasses_change_nothing(family):
@@ -24,7 +25,8 @@ def test_fresh_bypasses_change_nothing(family):
         ].up.weight.normal_()  # the control: a bypass that is not zero does change the later exits
         difference = (with_bypass(**BATCH).exit_logits - without(**BATCH).exit_logits).abs().amax(dim=(0, 2))
     assert difference[0] == 0
-    assert (difference[1:] > 1e-3).all()
+    assert (difference[1:3] > 1e-3).all()
+    assert difference[3] == 0  # the last exit reads the encoder alone
 
 
 def test_bypasses_never_touch_the_encoder_stream(model):
@@ -36,20 +38,60 @@ def test_bypasses_never_touch_the_encoder_stream(model):
     assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
 
 
-def test_the_model_is_the_formula(bert):
-    """h_m, b_m and z_m of the design, written out."""
+def pool(exit_, tokens):
+    """A mean over the tokens, under weights from the exit's query or alike."""
+    mask = BATCH["attention_mask"][..., None].float()
+    weights = mask if exit_.pooling == "mean" else mask * torch.exp(exit_.query(tokens))
+    return (tokens * weights).sum(1) / weights.sum(1)
+
+
+def step(bypass, reading, state):
+    normed = torch.nn.functional.layer_norm(reading + state, (32,), bypass.norm.weight, bypass.norm.bias)
+    return state + bypass.up(torch.nn.functional.gelu(bypass.down(normed)))
+
+
+@pytest.mark.parametrize("pooling", ["attention", "mean", "cls"])
+@pytest.mark.parametrize("reads", ["pooled", "block_output", "block_input"])
+def test_the_model_is_the_formula(reads, pooling):
+    """h_m, p_m, b_m and z_m of the design, written out."""
+    bert = tiny_model("bert", bypass_reads=reads, pooling=pooling)
     with torch.no_grad():
         hidden = bert.encoder(**BATCH, output_hidden_states=True).hidden_states
-        weights = BATCH["attention_mask"][..., None].float()
-        bypass_state = torch.zeros_like(hidden[0])
-        for m, (bypass, exit_) in enumerate(zip(bert.bypasses, bert.exits, strict=True), start=1):
-            read = torch.nn.functional.layer_norm(
-                hidden[m - 1] + bypass_state, (32,), bypass.norm.weight, bypass.norm.bias
-            )
-            bypass_state = bypass_state + bypass.up(torch.nn.functional.gelu(bypass.down(read)))
-            pooled = ((hidden[m] + bypass_state) * weights).sum(1) / weights.sum(1)
-            expected = exit_.classifier(pooled)
-            assert torch.allclose(bert(**BATCH).exit_logits[:, m - 1], expected, atol=1e-5)
+        logits = bert(**BATCH).exit_logits
+        assert len(bert.bypasses) == 3
+        state = torch.zeros(3, 32) if reads == "pooled" else torch.zeros_like(hidden[0])
+        for m, exit_ in enumerate(bert.exits, start=1):
+            read = (lambda tokens: tokens[:, 0]) if pooling == "cls" else (lambda tokens, e=exit_: pool(e, tokens))
+            if m == 4:  # the last exit reads the encoder alone
+                seen = read(hidden[m])
+            elif reads == "pooled":
+                state = step(bert.bypasses[m - 1], read(hidden[m]), state)
+                seen = read(hidden[m]) + state
+            else:
+                state = step(bert.bypasses[m - 1], hidden[m if reads == "block_output" else m - 1], state)
+                seen = read(hidden[m] + state)
+            assert torch.allclose(logits[:, m - 1], exit_.classifier(seen), atol=1e-5), m
+
+
+@pytest.mark.parametrize("reads", ["pooled", "block_output", "block_input"])
+def test_exits_at_some_depths_share_the_bypasses_up_to_them(reads):
+    model = tiny_model("bert", bypass_reads=reads, exit_layers=[1, 3, 4])
+    assert model.bypass_layers == ([1, 3] if reads == "pooled" else [1, 2, 3])
+    assert len(model.bypasses) == len(model.bypass_layers)
+    assert model(**BATCH).exit_logits.shape == (3, 3, 3)
+    assert tiny_model("bert", exit_layers=[4]).bypass_layers == []
+
+
+def test_attention_pooling_starts_as_the_mean(family):
+    torch.manual_seed(0)
+    attention = BadgeForSequenceClassification(tiny_config(family)).eval()
+    mean = BadgeForSequenceClassification(tiny_config(family, pooling="mean")).eval()
+    mean.load_state_dict({name: value for name, value in attention.state_dict().items() if name in mean.state_dict()})
+    with torch.no_grad():
+        assert torch.allclose(attention(**BATCH).exit_logits, mean(**BATCH).exit_logits, atol=1e-6)
+        attention.exits[1].query.weight.normal_()
+        changed = (attention(**BATCH).exit_logits - mean(**BATCH).exit_logits).abs().amax(dim=(0, 2)) > 1e-4
+    assert changed.tolist() == [False, True, False, False]
 
 
 def test_pre_norm_exits_read_through_a_norm_of_their_own():
@@ -59,20 +101,23 @@ def test_pre_norm_exits_read_through_a_norm_of_their_own():
     assert all(isinstance(exit_.norm, torch.nn.Identity) for exit_ in tiny_model("bert").exits)
 
 
-def test_bypass_flops_are_the_closed_form_and_at_most_two_percent():
+@pytest.mark.parametrize(("reads", "bypasses"), [("pooled", 1), ("block_output", 64), ("block_input", 64)])
+def test_bypass_flops_are_the_closed_form_and_at_most_two_percent(reads, bypasses):
     torch.manual_seed(0)
     rows, tokens = 2, 64
     batch = {"input_ids": torch.randint(0, 1000, (rows, tokens))}
     encoder = {"model_type": "bert", "num_hidden_layers": 2, "vocab_size": 1000}
 
     def flops(bypass_size):
-        model = BadgeForSequenceClassification(BadgeConfig(encoder_config=encoder, bypass_size=bypass_size)).eval()
+        config = BadgeConfig(encoder_config=encoder, bypass_size=bypass_size, bypass_reads=reads)
+        model = BadgeForSequenceClassification(config).eval()
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(**batch)
         return counter.get_total_flops(), model.config.bypass_size
 
     (with_bypass, width), (without, _) = flops(None), flops(0)
-    assert with_bypass - without == 2 * 2 * 2 * rows * tokens * 768 * width  # blocks x matrices x multiply-add
+    # one bypass (the last exit has none) x matrices x multiply-add, on each of the vectors that it reads
+    assert with_bypass - without == 2 * 2 * rows * bypasses * 768 * width
     assert (with_bypass - without) / without <= 0.02
 
 
@@ -125,10 +170,14 @@ def test_the_vocabulary_can_be_resized(bert):
     assert bert.early_exit_predict(**batch).logits.shape == (1, 3)
 
 
-def test_gradient_checkpointing_changes_no_gradient(family):
+def test_gradient_checkpointing_changes_no_gradient(every_family):
+    if every_family in WITHOUT_CHECKPOINTING:
+        with pytest.raises(ValueError, match="does not support"):
+            tiny_model(every_family).encoder.gradient_checkpointing_enable()
+        return
     gradients = []
     for checkpointing in (False, True):
-        model = tiny_model(family)
+        model = tiny_model(every_family)
         if checkpointing:
             model.gradient_checkpointing_enable()
         for module in model.modules():  # training mode switches checkpointing on; dropout stays off, to compare

@@ -155,15 +155,23 @@ class BadgeConfig(PreTrainedConfig):
 
     Args:
         encoder_config: the encoder's own config, as an object or a dict with its `model_type`. Default: BERT base.
-        bypass_size: bottleneck width of the bypasses; 0: no bypasses. Default: hidden size / 12, about 1.4 % of a
-            BERT block's FLOPs.
+        bypass_size: bottleneck width of the bypasses; 0: no bypasses. Default: hidden size / 12.
+        bypass_reads: what a bypass reads, besides the bypass state: `"pooled"`, the block's output as its exit pools it
+            (one vector per row, and next to no cost); or every token of `"block_output"` or `"block_input"` (about
+            1.4 % of a BERT block's FLOPs at the default width).
         exit_layers: depths that have an exit, ascending, from 1 to the number of blocks; the last block must have one.
             Default: every block.
         exit_loss_weights: `"linear"` (an exit weighs its depth), `"uniform"`, or one number per exit. The loss is the
             weighted mean over the exits.
-        exit_gradient: 1.0 lets the gradients of the exits into the encoder, 0.0 stops them (nothing of the encoder is
-            trained), and a number between scales them.
-        pooling: what an exit reads: `"mean"` of the tokens, or the first token, `"cls"`.
+        exit_gradient: 1.0 lets the gradients of the exits into the encoder, 0.0 stops them (encoder and source head are
+            frozen), and a number between scales them. `"rescaled"`: at exit k of n, a share 1/(n-k+1) of the exit's
+            gradient and the rest of the gradient from behind it go on (gradient equilibrium of Li et al., ICCV 2019, as
+            in ElasticBERT). `"separated"`: nothing from behind an exit passes it, so that a block learns from the
+            next exit only (SWEET, Rotem et al., ACL 2023).
+        pooling: what an exit reads: `"attention"`, a mean of the tokens under weights that each exit learns; the plain
+            `"mean"`; or the first token, `"cls"`.
+        source_head: the last exit is the classifier that the encoder was fine-tuned with, and reads the encoder alone.
+            `BadgeForSequenceClassification.from_classifier` sets it.
         exit_dropout: dropout before every exit's classifier.
         label_smoothing: smoothing of the loss of every exit. Use this, not Trainer's, which trains the last exit only.
         exit_policy: an `ExitPolicy` or a dict of its fields. The default never leaves early.
@@ -179,10 +187,12 @@ class BadgeConfig(PreTrainedConfig):
 
     encoder_config: dict[str, Any] | PreTrainedConfig | None = None
     bypass_size: int | None = None
+    bypass_reads: Literal["pooled", "block_output", "block_input"] = "pooled"
     exit_layers: list[int] | None = None
     exit_loss_weights: Literal["linear", "uniform"] | list[float | int] = "linear"
-    exit_gradient: float | int = 1.0
-    pooling: Literal["mean", "cls"] = "mean"
+    exit_gradient: float | int | Literal["rescaled", "separated"] = 1.0
+    pooling: Literal["attention", "mean", "cls"] = "attention"
+    source_head: bool = False
     exit_dropout: float | int = 0.1
     label_smoothing: float | int = 0.0
     exit_policy: Any = None
@@ -230,11 +240,35 @@ class BadgeConfig(PreTrainedConfig):
                 raise ValueError(f"exit_loss_weights must be finite, not negative and not all 0, got {weights}.")
         for name, top in (("exit_gradient", 1.0), ("exit_dropout", 1.0), ("label_smoothing", 1.0)):
             value = getattr(self, name)
-            if not 0 <= value <= top:
+            if not isinstance(value, str) and not 0 <= value <= top:
                 raise ValueError(f"{name} must be between 0 and {top}, got {value}.")
         if self.label_smoothing and self.problem_type == "regression":
             raise ValueError("label_smoothing has no meaning for problem_type='regression': set it to 0.")
+        if self.source_head and self.encoder_config.num_labels != self.num_labels:  # type: ignore[union-attr]
+            raise ValueError(
+                f"With source_head=True the labels are the source's, {self.encoder_config.num_labels} of them, "  # type: ignore[union-attr]
+                f"got num_labels={self.num_labels}."
+            )
         self.exit_policy.thresholds(len(layers))
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the encoder, and with it a source head, is not trained."""
+        return self.exit_gradient == 0
+
+    @property
+    def bypass_layers(self) -> list[int]:
+        """Depths with a bypass. The last exit reads the encoder alone, so none stands behind the last but one."""
+        *inner, _ = self.exit_layers or [0]
+        if not self.bypass_size or not inner:
+            return []
+        return inner if self.bypass_reads == "pooled" else list(range(1, inner[-1] + 1))
+
+    def gradient_scales(self, exit_index: int) -> tuple[float, float]:
+        """What is left of the gradient of exit `exit_index` (from 0), and of the gradient from behind it."""
+        behind = len(self.exit_layers or []) - 1 - exit_index  # exits behind this one
+        named = {"rescaled": (1 / (behind + 1), behind / (behind + 1)), "separated": (1.0, 0.0)}
+        return named.get(self.exit_gradient, (1.0, 1.0))  # type: ignore[arg-type]
 
     @property
     def loss_weights(self) -> list[float]:

@@ -71,6 +71,16 @@ class BertAdapter:
         """What the encoder does to its stream after the last block; `None`: nothing."""
         return None
 
+    def classify(self, encoder: Any, head: Any, last_hidden_state: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Logits (rows, labels) of transformers' own classifier of this family.
+
+        Args:
+            head: the modules of that classifier besides its encoder, by its names for them.
+            last_hidden_state: (rows, tokens, hidden), what the encoder itself returns.
+        """
+        logits: Tensor = head.classifier(head.dropout(encoder.pooler(first_token(last_hidden_state, attention_mask))))
+        return logits
+
 
 class RobertaAdapter(BertAdapter):
     """roberta and its kin: as bert, but positions start after the padding index and are read off the token ids."""
@@ -91,6 +101,10 @@ class RobertaAdapter(BertAdapter):
             return None
         positions: Any = super().position_ids(config, columns, None, attention_mask)
         return positions + self.padding_index(config) + 1  # type: ignore[no-any-return]
+
+    def classify(self, encoder: Any, head: Any, last_hidden_state: Tensor, attention_mask: Tensor | None) -> Tensor:
+        logits: Tensor = head.classifier(first_token(last_hidden_state, attention_mask))
+        return logits
 
 
 class MPNetAdapter(RobertaAdapter):
@@ -129,6 +143,11 @@ class DistilBertAdapter(BertAdapter):
         blocks: Sequence[nn.Module] = encoder.transformer.layer
         return blocks
 
+    def classify(self, encoder: Any, head: Any, last_hidden_state: Tensor, attention_mask: Tensor | None) -> Tensor:
+        pooled = head.pre_classifier(first_token(last_hidden_state, attention_mask)[:, 0])
+        logits: Tensor = head.classifier(head.dropout(torch.relu(pooled)))
+        return logits
+
 
 class ElectraAdapter(BertAdapter):
     """electra: as bert, with embeddings that may be narrower than the blocks."""
@@ -141,6 +160,10 @@ class ElectraAdapter(BertAdapter):
     def embed(self, encoder: Any, inputs: dict[str, Tensor | None], attention_mask: Tensor | None) -> Tensor:
         hidden_states = super().embed(encoder, inputs, attention_mask)
         return encoder.embeddings_project(hidden_states) if hasattr(encoder, "embeddings_project") else hidden_states
+
+    def classify(self, encoder: Any, head: Any, last_hidden_state: Tensor, attention_mask: Tensor | None) -> Tensor:
+        logits: Tensor = head.classifier(first_token(last_hidden_state, attention_mask))
+        return logits
 
 
 class AlbertAdapter(BertAdapter):
@@ -157,6 +180,11 @@ class AlbertAdapter(BertAdapter):
     def blocks(self, encoder: Any) -> Sequence[nn.Module]:
         groups, number = encoder.encoder.albert_layer_groups, encoder.config.num_hidden_layers
         return [groups[layer * len(groups) // number] for layer in range(number)]
+
+    def classify(self, encoder: Any, head: Any, last_hidden_state: Tensor, attention_mask: Tensor | None) -> Tensor:
+        pooled = encoder.pooler(first_token(last_hidden_state, attention_mask)[:, 0])
+        logits: Tensor = head.classifier(head.dropout(encoder.pooler_activation(pooled)))
+        return logits
 
 
 class MegatronBertAdapter(BertAdapter):
@@ -205,6 +233,11 @@ class DebertaAdapter(BertAdapter):
         convolution = getattr(encoder.encoder, "conv", None) if layer == 1 else None
         return output if convolution is None else convolution(hidden_states, output, arguments["convolution"])
 
+    def classify(self, encoder: Any, head: Any, last_hidden_state: Tensor, attention_mask: Tensor | None) -> Tensor:
+        pooled = head.pooler(first_token(last_hidden_state, attention_mask))
+        logits: Tensor = head.classifier(head.dropout(pooled))
+        return logits
+
 
 class EuroBertAdapter(BertAdapter):
     """eurobert: pre-norm, with rotary positions."""
@@ -239,6 +272,16 @@ class EuroBertAdapter(BertAdapter):
         norm: nn.Module = encoder.norm
         return norm
 
+    def classify(self, encoder: Any, head: Any, last_hidden_state: Tensor, attention_mask: Tensor | None) -> Tensor:
+        pooling = encoder.config.classifier_pooling
+        tokens = last_hidden_state
+        if pooling == "bos":
+            tokens = first_token(tokens, attention_mask)[:, 0]
+        elif pooling == "mean":
+            tokens = _mean(tokens, attention_mask)
+        logits: Tensor = head.classifier(head.activation(head.dense(tokens)))
+        return _mean(logits, attention_mask) if pooling == "late" else logits
+
 
 class NomicBertAdapter(EuroBertAdapter):
     """nomic_bert: rotary positions, but post-norm, with token types."""
@@ -251,6 +294,9 @@ class NomicBertAdapter(EuroBertAdapter):
 
     def final_norm(self, encoder: Any) -> nn.Module | None:
         return None
+
+    def classify(self, encoder: Any, head: Any, last_hidden_state: Tensor, attention_mask: Tensor | None) -> Tensor:
+        return BertAdapter.classify(self, encoder, head, last_hidden_state, attention_mask)
 
 
 class ModernBertAdapter(EuroBertAdapter):
@@ -288,6 +334,30 @@ class ModernBertAdapter(EuroBertAdapter):
     def final_norm(self, encoder: Any) -> nn.Module | None:
         norm: nn.Module = encoder.final_norm
         return norm
+
+    def classify(self, encoder: Any, head: Any, last_hidden_state: Tensor, attention_mask: Tensor | None) -> Tensor:
+        if encoder.config.classifier_pooling == "cls":
+            pooled = first_token(last_hidden_state, attention_mask)[:, 0]
+        else:
+            ones = torch.ones(last_hidden_state.shape[:2], dtype=torch.bool, device=last_hidden_state.device)
+            pooled = _mean(last_hidden_state, ones if attention_mask is None else attention_mask)
+        logits: Tensor = head.classifier(head.drop(head.head(pooled)))
+        return logits
+
+
+def first_token(tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """The first token of every row, (rows, 1, hidden), which padding on the left can move from column 0."""
+    if attention_mask is None:
+        return tokens[:, :1]
+    first = attention_mask.long().argmax(dim=1)
+    return tokens[torch.arange(len(tokens), device=tokens.device), first][:, None]
+
+
+def _mean(tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Mean over a row's tokens, (rows, tokens, n) to (rows, n), summed in the order in which transformers does."""
+    if attention_mask is None:
+        return tokens.mean(dim=1)
+    return (tokens * attention_mask[..., None]).sum(dim=1) / attention_mask.sum(dim=1, keepdim=True)
 
 
 def _without_token_types(inputs: dict[str, Tensor | None]) -> dict[str, Tensor | None]:

@@ -2,87 +2,39 @@
 
     h_0 = embeddings(x)                 b_0 = 0
     h_m = block_m(h_{m-1})              the encoder's stream, untouched by bypasses and exits
-    b_m = b_{m-1} + up_m(gelu(down_m(norm(h_{m-1} + b_{m-1}))))
-    z_m = head_m(pool(h_m + b_m))       exit m's logits
+    p_m = pool_m(h_m)                   one vector per row
+    b_m = b_{m-1} + up_m(gelu(down_m(norm(p_m + b_{m-1}))))
+    z_m = head_m(p_m + b_m)             exit m's logits
 
 Block-wise bypasses and divergence-based exiting are from Zhu et al., ACL 2023 Industry Track, doi
-10.18653/v1/2023.acl-industry.48. Where the bypass attaches, its width and the loss weights are choices of this project.
+10.18653/v1/2023.acl-industry.48. What the bypass reads, its width and the loss weights are choices of this project.
 """
 
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
 
 from .configuration_badge import BadgeConfig, ExitPolicy
 from .early_exit_badge import predict_with_policy, run_blocks
 from .encoders_badge import get_adapter
 from .inputs_badge import check_inputs, check_labels
 from .loss_badge import exit_losses, infer_problem_type, weighted_loss
-from .modules_badge import BadgeBypass, BadgeExit, ZeroInitLinear
+from .modules_badge import BadgeBypass, BadgeExit, ZeroInitLinear, scale_gradient
+from .outputs_badge import BadgeClassifierOutput, BlockState, EarlyExitOutput
+from .sources_badge import load_classifier, load_encoder, new_classifier, source_config
 
 
 if TYPE_CHECKING:
     # Not needed here, but a file that is named here travels with the checkpoint.
     from .pipeline_badge import BadgeTextClassificationPipeline  # noqa: F401
-
-# Arguments of `from_encoder` that say how to load the encoder; every other one is a field of the config.
-_LOADING_ARGUMENTS = {
-    "attn_implementation", "cache_dir", "dtype", "force_download", "local_files_only", "revision", "subfolder", "token",
-}  # fmt: skip
-
-
-@dataclass
-class BadgeClassifierOutput(ModelOutput):
-    """What `forward` returns.
-
-    Args:
-        loss: (), the weighted mean of the exits' losses, if labels were given.
-        logits: (rows, labels), of the last exit.
-        exit_logits: (rows, exits, labels), of every exit.
-        hidden_states: h_0 to h_L, each (rows, tokens, hidden), as the encoder itself returns them, if asked for.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    exit_logits: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-
-
-@dataclass
-class EarlyExitOutput(ModelOutput):
-    """What `early_exit_predict` returns, in the order of the input.
-
-    Args:
-        logits: (rows, labels), of the exit that each row took.
-        exit_layer: (rows,), int64: how many blocks ran for the row.
-        exit_logits: (rows, exits, labels), NaN where an exit was not reached, if asked for.
-    """
-
-    logits: Tensor | None = None
-    exit_layer: Tensor | None = None
-    exit_logits: Tensor | None = None
-
-
-@dataclass
-class BlockState:
-    """The rows that are inside, after some block."""
-
-    hidden_states: Tensor  # (rows, tokens, hidden), h: the encoder's stream
-    bypass_state: Tensor | None  # b, of the same shape; None stands for zeros
-    reading: Tensor  # h + b: what the exit here and the next bypass read
-    attention_mask: Tensor | None  # (rows, tokens); None: no padding
-    position_ids: Tensor | None  # (rows or 1, tokens)
-    block_arguments: dict[str, Any]  # what the blocks need besides, made by the adapter for these rows and columns
 
 
 class BadgePreTrainedModel(PreTrainedModel):
@@ -105,12 +57,14 @@ class BadgePreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; damaged weights are reported in a sentence."""
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except SafetensorError as error:
             raise OSError(
                 f"The weights in {pretrained_model_name_or_path} are cut short or damaged ({error}): "
                 "copy or download the checkpoint again."
             ) from error
+        (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze()  # loading makes every parameter trainable
+        return loaded
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As in transformers; a directory that cannot be written is an error before anything is."""
@@ -130,20 +84,26 @@ class BadgeForSequenceClassification(BadgePreTrainedModel):
     # forward takes no loss arguments, so Trainer has to divide by the number of accumulation steps itself.
     accepts_loss_kwargs = False
 
-    def __init__(self, config: BadgeConfig, encoder: PreTrainedModel | None = None) -> None:
+    def __init__(
+        self, config: BadgeConfig, encoder: PreTrainedModel | None = None, source_head: nn.Module | None = None
+    ) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
         self.exit_layers: list[int] = list(config.exit_layers or [])
         self.adapter = get_adapter(config.encoder_config.model_type)  # type: ignore[union-attr]
-        if encoder is None:
+        if encoder is None and config.source_head:
+            encoder, source_head = new_classifier(config.encoder_config)
+        elif encoder is None:
             encoder = AutoModel.from_config(config.encoder_config, **self.adapter.encoder_arguments())
         self.encoder: Any = encoder
-        width, blocks = config.bypass_size or 0, range(config.num_hidden_layers if config.bypass_size else 0)
-        self.bypasses = nn.ModuleList(BadgeBypass(config.hidden_size, width) for _ in blocks)
-        last = self.exit_layers[-1]
-        self.exits = nn.ModuleList(
-            BadgeExit(config, with_norm=self.adapter.pre_norm and layer != last) for layer in self.exit_layers
+        *inner, _ = self.exit_layers
+        self.exits = nn.ModuleList(BadgeExit(config, with_norm=self.adapter.pre_norm) for _ in inner)
+        self.exits.append(source_head or BadgeExit(config, with_norm=False))
+        self.bypass_layers = config.bypass_layers
+        self.bypasses = nn.ModuleList(
+            BadgeBypass(config.hidden_size, config.bypass_size or 0) for _ in self.bypass_layers
         )
+        self._freeze()
         self.post_init()
 
     @classmethod
@@ -159,23 +119,63 @@ class BadgeForSequenceClassification(BadgePreTrainedModel):
             ValueError: the encoder's family is not supported, or a field is unknown or has a bad value.
             OSError: the checkpoint cannot be found or read.
         """
-        loading = {name: arguments.pop(name) for name in list(arguments) if name in _LOADING_ARGUMENTS}
-        if "encoder_config" in arguments:
-            raise ValueError("from_encoder takes the encoder's config from its checkpoint: leave encoder_config out.")
-        where = {name: value for name, value in loading.items() if name not in ("attn_implementation", "dtype")}
-        try:
-            encoder_config = AutoConfig.from_pretrained(name_or_path, **where)
-            if encoder_config.model_type == cls.config_class.model_type:
-                raise ValueError(f"{name_or_path} is a BADGE checkpoint already: load it with from_pretrained.")
-            adapter = get_adapter(encoder_config.model_type)
-            config = cls.config_class(encoder_config=encoder_config, **arguments)
-            options = {**adapter.encoder_arguments(), **loading}
-            encoder = AutoModel.from_pretrained(name_or_path, config=encoder_config, **options)
-        except (OSError, SafetensorError) as error:
-            raise OSError(
-                f"No encoder could be loaded from {name_or_path}, as a folder or as a name on the hub: {error}"
-            ) from error
+        encoder_config, loading = source_config(name_or_path, arguments)
+        adapter = get_adapter(encoder_config.model_type)
+        config = cls.config_class(encoder_config=encoder_config, **arguments)
+        encoder = load_encoder(name_or_path, encoder_config, {**adapter.encoder_arguments(), **loading})
         return cls(config, encoder=encoder).to(encoder.dtype).eval()  # type: ignore[no-any-return]
+
+    @classmethod
+    def from_classifier(
+        cls, name_or_path: str | os.PathLike[str], **arguments: Any
+    ) -> "BadgeForSequenceClassification":
+        """Put fresh bypasses and exits on a fine-tuned `...ForSequenceClassification`, whose own head is the last exit.
+
+        Encoder and head are frozen (`exit_gradient=0.0`), so that at full depth the model returns the source's
+        logits whatever the exits learn.
+
+        Args:
+            name_or_path: a classifier of a supported family, as `AutoModelForSequenceClassification.from_pretrained`
+                takes it.
+            **arguments: as in `from_encoder`. Labels and problem_type are the source's.
+
+        Raises:
+            ValueError: the family is not supported; the checkpoint is not a sequence classifier, or its head is not
+                transformers' own; a field is unknown or has a bad value.
+            OSError: the checkpoint cannot be found or read.
+        """
+        for name in ("id2label", "label2id", "num_labels", "problem_type", "source_head"):
+            if name in arguments:
+                raise ValueError(f"from_classifier takes the labels from the source: leave {name} out.")
+        classifier_config, loading = source_config(name_or_path, arguments)
+        get_adapter(classifier_config.model_type)
+        config = cls.config_class(
+            encoder_config=classifier_config,
+            source_head=True,
+            id2label=classifier_config.id2label,
+            label2id=classifier_config.label2id,
+            problem_type=classifier_config.problem_type,
+            **{"exit_gradient": 0.0, **arguments},
+        )
+        encoder, head = load_classifier(name_or_path, classifier_config, loading)
+        return cls(config, encoder, head).to(encoder.dtype).eval()  # type: ignore[no-any-return]
+
+    def _frozen_modules(self) -> list[nn.Module]:
+        """What a frozen model keeps as it was: the encoder, and the source's head if that is the last exit."""
+        if not self.config.frozen:
+            return []
+        return [self.encoder, *([self.exits[-1]] if self.config.source_head else [])]
+
+    def _freeze(self) -> None:
+        for module in self._frozen_modules():
+            module.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "BadgeForSequenceClassification":
+        """As in torch, but what is frozen runs without dropout: the exits learn from what it will really say."""
+        super().train(mode)
+        for module in self._frozen_modules():
+            module.eval()
+        return self
 
     def get_input_embeddings(self) -> nn.Module:
         """The encoder's token embeddings."""
@@ -344,32 +344,66 @@ class BadgeForSequenceClassification(BadgePreTrainedModel):
         with self._encoder_gradients():
             hidden_states = self.adapter.embed(self.encoder, inputs, attention_mask)
             arguments = self.adapter.block_arguments(self.encoder, hidden_states, attention_mask, position_ids)
-        return self._state(hidden_states, None, attention_mask, position_ids, arguments)
+        return BlockState(hidden_states, None, None, attention_mask, position_ids, arguments)
 
     def run_block(self, layer: int, state: BlockState) -> BlockState:
-        """Block `layer` (from 1) and its bypass."""
-        bypass_state = self.bypasses[layer - 1](state.reading, state.bypass_state) if self.bypasses else None
+        """Block `layer` (from 1), its bypass, and what its exit reads."""
         with self._encoder_gradients():
             hidden_states = self.adapter.run_block(self.encoder, layer, state.hidden_states, state.block_arguments)
-        return self._state(hidden_states, bypass_state, state.attention_mask, state.position_ids, state.block_arguments)
+        bypass_state, pooled, onward = state.bypass_state, None, 1.0
+        on_tokens = self.config.bypass_reads != "pooled"
+        if on_tokens and layer in self.bypass_layers:
+            reading = state.hidden_states if self.config.bypass_reads == "block_input" else hidden_states
+            bypass_state = self._bypass(layer, self._read_from_encoder(reading), bypass_state)
+        if layer in self.exit_layers[:-1]:
+            index = self.exit_layers.index(layer)
+            share, onward = self.config.gradient_scales(index)
+            tokens = scale_gradient(self._read_from_encoder(hidden_states), share)
+            if on_tokens and bypass_state is not None:
+                tokens = tokens + bypass_state
+            exit_: Any = self.exits[index]
+            pooled = exit_.pool(tokens, state.attention_mask)
+            if not on_tokens and self.bypass_layers:
+                bypass_state = self._bypass(layer, pooled, bypass_state)
+                pooled = pooled + bypass_state
+        return BlockState(
+            scale_gradient(hidden_states, onward),
+            None if bypass_state is None else scale_gradient(bypass_state, onward),
+            pooled,
+            state.attention_mask,
+            state.position_ids,
+            state.block_arguments,
+        )
+
+    def _bypass(self, layer: int, reading: Tensor, bypass_state: Tensor | None) -> Tensor:
+        """The next bypass state, from what the bypass at this layer reads of the encoder."""
+        bypass = self.bypasses[self.bypass_layers.index(layer)]
+        return bypass(reading if bypass_state is None else reading + bypass_state, bypass_state)  # type: ignore[no-any-return]
 
     def read_exit(self, exit_index: int, state: BlockState) -> Tensor:
         """Logits (rows, labels) of exit `exit_index` (from 0)."""
-        reading = state.reading
-        norm = self.adapter.final_norm(self.encoder) if exit_index == len(self.exits) - 1 else None
+        exit_: Any = self.exits[exit_index]
+        if state.pooled is not None:
+            return exit_(state.pooled)  # type: ignore[no-any-return]
+        # The last exit reads the encoder alone, through its final norm.
+        tokens = self._read_from_encoder(state.hidden_states)
+        norm = self.adapter.final_norm(self.encoder)
         if norm is not None:
             weights = {name: self._read_from_encoder(weight) for name, weight in norm.named_parameters()}
-            reading = torch.func.functional_call(norm, weights, (reading,))
-        return self.exits[exit_index](reading, state.attention_mask)  # type: ignore[no-any-return]
+            tokens = torch.func.functional_call(norm, weights, (tokens,))
+        if self.config.source_head:
+            with self._encoder_gradients():
+                return self.adapter.classify(self.encoder, exit_, tokens, state.attention_mask)
+        return exit_(exit_.pool(tokens, state.attention_mask))  # type: ignore[no-any-return]
 
     def compact(self, state: BlockState, rows: Any, columns: slice, padded: bool) -> BlockState:
         """Keep these rows (`None`: all) and columns of the state."""
         index = None if rows is None else torch.from_numpy(rows).to(state.hidden_states.device)
 
-        def keep(tensor: Tensor | None, shared: bool = False) -> Tensor | None:
+        def keep(tensor: Tensor | None, shared: bool = False, pooled: bool = False) -> Tensor | None:
             if tensor is None:
                 return None
-            kept = tensor[:, columns]
+            kept = tensor if pooled else tensor[:, columns]
             return kept if index is None or shared else kept.index_select(0, index)
 
         hidden_states = keep(state.hidden_states)
@@ -378,29 +412,18 @@ class BadgeForSequenceClassification(BadgePreTrainedModel):
         positions = state.position_ids
         positions = keep(positions, shared=positions is not None and len(positions) == 1)
         arguments = self.adapter.block_arguments(self.encoder, hidden_states, mask, positions)
-        return self._state(hidden_states, keep(state.bypass_state), mask, positions, arguments)
+        bypass_state = keep(state.bypass_state, pooled=self.config.bypass_reads == "pooled")
+        return BlockState(hidden_states, bypass_state, None, mask, positions, arguments)
 
     def to_host(self, logits: Tensor) -> Any:
         """Logits in numpy: the one wait for the device at each exit."""
         return logits.double().cpu().numpy()
 
     def _encoder_gradients(self) -> Any:
-        """With every gradient stopped the encoder needs no graph: it is not trained, and a step costs less."""
-        return torch.set_grad_enabled(torch.is_grad_enabled() and self.config.exit_gradient > 0)
-
-    def _state(self, hidden_states: Tensor, bypass_state: Tensor | None, *others: Any) -> BlockState:
-        reading = self._read_from_encoder(hidden_states)
-        return BlockState(
-            hidden_states, bypass_state, reading if bypass_state is None else reading + bypass_state, *others
-        )
+        """A frozen encoder needs no graph: a step costs less."""
+        return torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.frozen)
 
     def _read_from_encoder(self, tensor: Tensor) -> Tensor:
         """A tensor of the encoder, with the gradient that goes back into it scaled by `exit_gradient`."""
         scale = self.config.exit_gradient
-        if scale == 1 or not tensor.requires_grad:
-            return tensor
-        if scale == 0:
-            return tensor.detach()
-        tensor = tensor.view_as(tensor)  # the hook must not see the gradient that the next block sends
-        tensor.register_hook(lambda gradient: gradient * scale)
-        return tensor
+        return scale_gradient(tensor, 1.0 if isinstance(scale, str) else scale)

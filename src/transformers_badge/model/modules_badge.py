@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .configuration_badge import BadgeConfig
+from .encoders_badge import first_token
 
 
 class ZeroInitLinear(nn.Linear):
@@ -12,7 +13,7 @@ class ZeroInitLinear(nn.Linear):
 
 
 class BadgeBypass(nn.Module):
-    """The bottleneck beside a block."""
+    """The bottleneck beside a block; on pooled rows (rows, hidden) or on tokens (rows, tokens, hidden)."""
 
     def __init__(self, hidden_size: int, bypass_size: int) -> None:
         super().__init__()
@@ -21,12 +22,12 @@ class BadgeBypass(nn.Module):
         self.up = ZeroInitLinear(bypass_size, hidden_size, bias=False)
 
     def forward(self, reading: Tensor, bypass_state: Tensor | None) -> Tensor:
-        """The next bypass state, from the reading and the present one: (rows, tokens, hidden)."""
+        """The next bypass state, from what the bypass reads and the present one; all of one shape."""
         inner = F.gelu(self.down(self.norm(reading)))
         if bypass_state is None:
             return self.up(inner)  # type: ignore[no-any-return]
-        # Product and sum in one pass over memory, which is most of what a bypass costs.
-        added = torch.addmm(bypass_state.flatten(0, 1), inner.flatten(0, 1), self.up.weight.t())
+        # Product and sum in one pass over memory, which is most of what a bypass on tokens costs.
+        added = torch.addmm(bypass_state.flatten(0, -2), inner.flatten(0, -2), self.up.weight.t())
         return added.view_as(bypass_state)
 
 
@@ -37,19 +38,39 @@ class BadgeExit(nn.Module):
         super().__init__()
         self.pooling = config.pooling
         self.norm = nn.LayerNorm(config.hidden_size) if with_norm else nn.Identity()
+        if self.pooling == "attention":
+            self.query = ZeroInitLinear(config.hidden_size, 1, bias=False)
         self.dropout = nn.Dropout(config.exit_dropout)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
 
-    def forward(self, reading: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Logits (rows, labels) from a reading (rows, tokens, hidden)."""
+    def pool(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """One vector per row, (rows, hidden), of its tokens (rows, tokens, hidden)."""
+        tokens = self.norm(tokens)
         if self.pooling == "cls":
-            # The first token of the row, which padding on the left can move from column 0.
-            first = 0 if attention_mask is None else attention_mask.long().argmax(dim=1)
-            pooled = self.norm(reading[torch.arange(len(reading), device=reading.device), first])
-        elif attention_mask is None:
-            pooled = self.norm(reading).mean(dim=1)
+            return first_token(tokens, attention_mask)[:, 0]
+        if self.pooling == "mean" and attention_mask is None:
+            return tokens.mean(dim=1)
+        if self.pooling == "mean":
+            weights = attention_mask.to(tokens.dtype)  # type: ignore[union-attr]
+            weights = (weights / weights.sum(dim=1, keepdim=True))[:, None]
         else:
-            weights = attention_mask.to(reading.dtype)
-            weights = weights / weights.sum(dim=1, keepdim=True)
-            pooled = torch.bmm(weights[:, None], self.norm(reading))[:, 0]
+            scores = self.query(tokens).transpose(1, 2)  # (rows, 1, tokens); all 0 at the start: the mean
+            if attention_mask is not None:
+                scores = scores.masked_fill(attention_mask[:, None] == 0, float("-inf"))
+            weights = scores.softmax(dim=-1)
+        return torch.bmm(weights, tokens)[:, 0]
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Logits (rows, labels) from pooled rows (rows, hidden)."""
         return self.classifier(self.dropout(pooled))  # type: ignore[no-any-return]
+
+
+def scale_gradient(tensor: Tensor, scale: float) -> Tensor:
+    """The tensor as it is; the gradient that goes back through this use of it is scaled."""
+    if scale == 1 or not tensor.requires_grad:
+        return tensor
+    if scale == 0:
+        return tensor.detach()
+    tensor = tensor.view_as(tensor)  # the hook must not see gradients of other uses
+    tensor.register_hook(lambda gradient: gradient * scale)
+    return tensor
