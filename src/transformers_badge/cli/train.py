@@ -17,6 +17,12 @@ def train(
         float | None,
         typer.Option(help="Choose the exit threshold on the validation rows for at most this drop, such as 0.01."),
     ] = None,
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="How to train the exits: joint, two_stage, mixed, alternating, self_distilled, rescaled, separated."
+        ),
+    ] = "joint",
     exit_layers: Annotated[str | None, typer.Option(help="Depths with an exit, such as 2,4,6. Default: all.")] = None,
     bypass_size: Annotated[int | None, typer.Option(help="Width of the bypasses; 0: none. Default: hidden/12.")] = None,
     epochs: Annotated[float, typer.Option(min=0.0, help="Passes over the training rows.")] = 3,
@@ -35,9 +41,11 @@ def train(
     from transformers_badge import BadgeForSequenceClassification
     from transformers_badge.calibration.selection import choose_threshold
     from transformers_badge.training.data import labelled_rows, load_table
-    from transformers_badge.training.fine_tune import check_output_directory, make_trainer, tokenize
+    from transformers_badge.training.fine_tune import check_output_directory, fit, tokenize
+    from transformers_badge.training.recipes import get_recipe
 
-    layers = None if exit_layers is None else [_depth(part) for part in exit_layers.split(",")]
+    get_recipe(recipe)
+    layers = parse_depths(exit_layers)
     table = load_table(data)
     rows = labelled_rows(table, text_column, label_column, data)
     if validation is None:
@@ -65,19 +73,19 @@ def train(
     tokenizer = AutoTokenizer.from_pretrained(encoder)
     check_output_directory(output_dir)
     limit = min(model.adapter.max_tokens(model.config.encoder_config), tokenizer.model_max_length)
-    trainer = make_trainer(
+    trainer = fit(
         model,
         tokenizer,
         tokenize(tokenizer, rows.columns, rows.labels, limit),
         tokenize(tokenizer, held_out.columns, held_out.labels, limit),
         output_dir,
+        recipe=recipe,
         epochs=epochs,
         learning_rate=learning_rate,
         new_learning_rate=new_learning_rate,
         batch_size=batch_size,
         seed=seed,
     )
-    trainer.train()
     result = trainer.predict(trainer.eval_dataset)
     for name, value in result.metrics.items():
         if "accuracy" in name or "mse" in name:
@@ -92,10 +100,15 @@ def train(
     typer.echo(f"Saved {output_dir}; predict with: transformers-badge predict {output_dir} FILE --output OUT.jsonl")
 
 
-def _depth(part: str) -> int:
+def parse_depths(text: str | None) -> list[int] | None:
+    """The value of --exit-layers.
+
+    Raises:
+        ValueError: something in it is no whole number.
+    """
     try:
-        return int(part)
+        return None if text is None else [int(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(
-            f"--exit-layers takes whole numbers separated by commas, such as 2,4,6, got {part!r}."
+            f"--exit-layers takes whole numbers separated by commas, such as 2,4,6, got {text!r}."
         ) from None

@@ -104,7 +104,7 @@ def _fine_tune(
     from transformers.utils import logging
 
     from transformers_badge import BadgeForSequenceClassification
-    from transformers_badge.training.fine_tune import make_trainer, tokenize
+    from transformers_badge.training.fine_tune import fit, tokenize
 
     set_seed(seed)
     logging.set_verbosity_error()  # what MiniLM brings and a classifier does not need is no news
@@ -114,7 +114,7 @@ def _fine_tune(
     logging.set_verbosity_warning()
     tokenizer = AutoTokenizer.from_pretrained(encoder)
     rows = tokenize(tokenizer, [texts], labels.tolist(), max_tokens=MAX_TOKENS)
-    trainer = make_trainer(
+    trainer = fit(
         model,
         tokenizer,
         rows.select(train),
@@ -125,7 +125,6 @@ def _fine_tune(
         batch_size=BATCH_SIZE,
         seed=seed,
     )
-    trainer.train()
     return model.eval(), tokenizer, rows, trainer
 
 

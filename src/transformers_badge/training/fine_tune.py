@@ -33,8 +33,8 @@ def tokenize(tokenizer: Any, columns: Sequence[Sequence[str]], labels: Sequence[
 def parameter_groups(
     model: Any, learning_rate: float = 5e-5, new_learning_rate: float = 1e-3, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
-    """Parameters of a model in two groups: the pretrained encoder, and the fresh bypasses and exits, which learn
-    faster.
+    """Parameters of a model in two groups: what is pretrained (the encoder, and the head of a converted classifier),
+    and the fresh bypasses and exits, which learn faster.
 
     Fresh parts at the encoder's rate are the commonest way to poor early exits: they never get far from where they
     started.
@@ -46,13 +46,59 @@ def parameter_groups(
         >>> groups = parameter_groups(model)
         >>> Trainer(..., optimizer_cls_and_kwargs=(torch.optim.AdamW, {"params": groups}))
     """
-    encoder: list[Any] = []
+    last = f"exits.{len(model.exit_layers) - 1}."
+    prefixes = ("encoder.", last) if model.config.source_head else ("encoder.",)
+    pretrained: list[Any] = []
     fresh: list[Any] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (encoder if name.startswith("encoder.") else fresh).append(parameter)
-    groups = [{"params": encoder, "lr": learning_rate}, {"params": fresh, "lr": new_learning_rate}]
+            (pretrained if name.startswith(prefixes) else fresh).append(parameter)
+    groups = [{"params": pretrained, "lr": learning_rate}, {"params": fresh, "lr": new_learning_rate}]
     return [{**group, "weight_decay": weight_decay} for group in groups if group["params"]]
+
+
+def fit(
+    model: Any,
+    tokenizer: Any,
+    train_rows: Any,
+    validation_rows: Any | None,
+    output_dir: Path,
+    *,
+    recipe: str = "joint",
+    epochs: float = 3,
+    **settings: Any,
+) -> Any:
+    """Train a model by a recipe.
+
+    Args:
+        train_rows, validation_rows: as `tokenize` makes them, with labels.
+        output_dir: where Trainer may write.
+        recipe: a name of `recipes.RECIPES`; a recipe of two stages spends half of the epochs on each.
+        epochs: passes over the rows, in all.
+        **settings: of `make_trainer`.
+
+    Returns:
+        The `Trainer` of the last stage, to predict and evaluate with.
+
+    Raises:
+        ValueError: there is no such recipe.
+    """
+    from transformers_badge.training.recipes import applied, get_recipe
+
+    for stage in get_recipe(recipe):
+        with applied(stage, model):
+            trainer = make_trainer(
+                model,
+                tokenizer,
+                train_rows,
+                validation_rows,
+                output_dir,
+                stage=stage,
+                epochs=epochs * stage.share,
+                **settings,
+            )
+            trainer.train()
+    return trainer
 
 
 def make_trainer(
@@ -62,24 +108,33 @@ def make_trainer(
     validation_rows: Any | None,
     output_dir: Path,
     *,
+    stage: Any = None,
     epochs: float = 3,
     learning_rate: float = 5e-5,
     new_learning_rate: float = 1e-3,
     batch_size: int = 32,
+    temperature: float = 1.0,
+    saves: int = 0,
+    collator: Any = None,
     seed: int = 0,
 ) -> Any:
-    """A `Trainer` with the settings that the command line and the demo share.
+    """A `Trainer` with the settings that all training here shares, for one stage of a recipe.
 
     Args:
-        train_rows, validation_rows: as `tokenize` makes them, with labels.
+        train_rows, validation_rows: as `tokenize` makes them; with labels, where the stage is not distilled.
         output_dir: where Trainer may write.
+        stage: a `recipes.Stage`, which has been applied to the model. Default: all exits learn from labels.
         learning_rate: peak rate of the encoder.
         new_learning_rate: peak rate of bypasses and exits.
+        temperature: of the answers that inner exits learn, where distilled.
+        saves: how often on the way the run is saved, to be resumed if it is interrupted.
+        collator: makes batches of rows that are not token ids. Default: pads token ids.
     """
     import torch
-    from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+    from transformers import DataCollatorWithPadding, TrainingArguments
 
     from transformers_badge.training.metrics import compute_exit_metrics
+    from transformers_badge.training.recipes import ExitTrainer, Stage
 
     arguments = TrainingArguments(
         output_dir=str(output_dir),
@@ -88,24 +143,28 @@ def make_trainer(
         warmup_steps=0.1,
         per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=64,
-        train_sampling_strategy="group_by_length",
+        train_sampling_strategy="group_by_length" if collator is None else "random",
         eval_strategy="no",
-        save_strategy="no",
+        save_strategy="steps" if saves else "no",
+        save_steps=1 / (saves + 1) if saves else 500,
+        save_total_limit=1,
         logging_steps=20,
         report_to=[],
         seed=seed,
         dataloader_pin_memory=model.device.type == "cuda",
     )
-    return Trainer(
+    return ExitTrainer(
         model=model,
         args=arguments,
         train_dataset=train_rows,
         eval_dataset=validation_rows,
         processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer),
+        data_collator=DataCollatorWithPadding(tokenizer) if collator is None else collator,
         compute_metrics=lambda prediction: compute_exit_metrics(prediction, model.exit_layers),
         optimizer_cls_and_kwargs=(
             torch.optim.AdamW,
             {"params": parameter_groups(model, learning_rate, new_learning_rate)},
         ),
+        stage=Stage() if stage is None else stage,
+        temperature=temperature,
     )
