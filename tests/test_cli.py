@@ -5,7 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from transformers import AutoTokenizer, BertConfig, BertModel
+import torch
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel
 
 from transformers_badge import BadgeForSequenceClassification
 from transformers_badge.cli import main
@@ -110,8 +111,91 @@ def test_pairs_and_numbers_can_be_trained_too(encoder, tmp_path, capsys):
     assert isinstance(json.loads((tmp_path / "o.jsonl").read_text().splitlines()[0])["score"], float)
 
 
+@pytest.fixture(scope="module")
+def classifier(encoder, tmp_path_factory):
+    """A tiny classifier with the real tokenizer."""
+    folder = tmp_path_factory.mktemp("classifier")
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig.from_pretrained(encoder, initializer_range=0.2))
+    model.config.id2label, model.config.label2id = {0: "neg", 1: "pos"}, {"neg": 0, "pos": 1}
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(encoder).save_pretrained(folder)
+    return str(folder)
+
+
+def test_convert_needs_texts_alone_and_predict_takes_what_it_makes(classifier, data, tmp_path, capsys):
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n\n".join(line.split('"')[1] for line in data.read_text().splitlines()[1:]) + "\n")
+    folder = tmp_path / "badge"
+    options = ["--epochs", "1", "--max-disagreement", "0.3", "--exit-layers", "1,3"]
+    code, printed, err = run(capsys, "convert", classifier, "--texts", texts, "--output-dir", folder, *options)
+    assert code == 0, err
+    printed = " ".join(printed.split())
+    assert "answers as the last exit does" in printed
+    assert "On 12 texts that were neither trained on nor used to choose the threshold" in printed
+    code, printed, err = run(capsys, "predict", folder, data, "--output", tmp_path / "answers.jsonl")
+    assert code == 0, err
+    assert {json.loads(line)["label"] for line in (tmp_path / "answers.jsonl").read_text().splitlines()} <= {
+        "neg",
+        "pos",
+    }
+    # with labels, by name; too strict a budget for so few rows is said
+    options = ["--labels-column", "label", "--epochs", "1", "--max-disagreement", "0"]
+    code, printed, err = run(capsys, "convert", classifier, "--texts", data, "--output-dir", tmp_path / "b2", *options)
+    assert code == 0, err
+    assert "No threshold keeps disagreement within 0.0%" in " ".join(printed.split())
+
+
+def test_bad_conversions_are_named_and_nothing_is_written(encoder, classifier, data, tmp_path, capsys):
+    out = tmp_path / "out" / "badge"
+
+    def convert(model, texts, *options):
+        return failing(capsys, "convert", model, "--texts", texts, "--output-dir", out, *options)
+
+    assert "holds a BertModel, where a BertForSequenceClassification is needed" in convert(encoder, data)
+    assert "no-such-model could not be loaded" in convert("no-such-model", data)
+    (tmp_path / "empty.txt").write_text("")
+    assert "empty.txt is empty" in convert(classifier, tmp_path / "empty.txt")
+    (tmp_path / "blank.txt").write_text("\n\n \n")
+    assert "blank.txt has no rows" in convert(classifier, tmp_path / "blank.txt")
+    (tmp_path / "latin.txt").write_bytes("un café\n".encode("latin-1") * 100)
+    assert "latin.txt could not be read as txt, in UTF-8" in convert(classifier, tmp_path / "latin.txt")
+    (tmp_path / "few.txt").write_text("a text\n" * 20)
+    assert "fewer than one batch of 32" in convert(classifier, tmp_path / "few.txt")
+    (tmp_path / "other.csv").write_text("text,label\n" + "a,pos\nb,so so\n" * 40)
+    message = convert(classifier, tmp_path / "other.csv", "--labels-column", "label")
+    assert "Row 2" in message
+    assert "has the class 'so so', which is not among the model's: neg, pos" in message
+    (tmp_path / "number.csv").write_text("text,label\n" + "a,0\nb,7\n" * 40)
+    assert "has the class 7" in convert(classifier, tmp_path / "number.csv", "--labels-column", "label")
+    assert "no column 'stars'" in convert(classifier, data, "--labels-column", "stars")
+    assert "--exit-layers takes whole numbers" in convert(classifier, data, "--exit-layers", "one")
+    assert "no recipe 'magic'" in failing(
+        capsys, "train", encoder, data, "--output-dir", out, "--recipe", "magic"
+    )  # fmt: skip
+    assert not out.parent.exists()
+    (tmp_path / "file").write_text("in the way")
+    assert "is not an empty folder" in failing(
+        capsys, "convert", classifier, "--texts", data, "--output-dir", tmp_path / "file"
+    )
+
+
+@pytest.mark.parametrize(
+    "recipe", ["joint", "two_stage", "mixed", "alternating", "self_distilled", "rescaled", "separated"]
+)
+def test_every_recipe_learns(encoder, data, tmp_path, capsys, recipe):
+    options = ["--epochs", "12", "--learning-rate", "3e-3", "--exit-layers", "1,3", "--batch-size", "16"]
+    code, printed, err = run(
+        capsys, "train", encoder, data, "--output-dir", tmp_path / "out", "--recipe", recipe, *options
+    )
+    assert code == 0, err
+    accuracy = {line.split(":")[0]: float(line.split(":")[1]) for line in printed.splitlines() if "accuracy" in line}
+    assert min(accuracy["accuracy_exit_1"], accuracy["accuracy_exit_3"]) > 0.9, accuracy
+    assert BadgeForSequenceClassification.from_pretrained(tmp_path / "out").config.exit_gradient == 1.0
+
+
 def test_every_command_has_help_with_an_example(capsys):
-    for command in ("train", "predict", "demo"):
+    for command in ("convert", "train", "predict", "demo"):
         code, printed, _ = run(capsys, command, "--help")
         assert code == 0
         assert f"Example: transformers-badge {command}" in " ".join(printed.split())

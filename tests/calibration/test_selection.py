@@ -5,7 +5,12 @@ import pytest
 
 from transformers_badge import ExitPolicy
 from transformers_badge.calibration.replay import replay, score_exits, take_exits
-from transformers_badge.calibration.selection import choose_threshold
+from transformers_badge.calibration.selection import (
+    agreement,
+    choose_threshold,
+    choose_threshold_by_agreement,
+    wilson_upper_bound,
+)
 
 
 PROBLEM = "single_label_classification"
@@ -67,6 +72,39 @@ def test_where_nothing_keeps_to_the_budget_the_answer_is_full_depth():
     assert choose_threshold(logits * np.nan, labels, [1, 2, 3, 4, 5, 6], ExitPolicy()).threshold is None
 
 
+def test_agreement_by_hand():
+    logits = np.array([[[1.0, 0], [0, 1], [0, 2]], [[3, 0], [1, 0], [2, 1]]])
+    assert agreement(logits).tolist() == [[False, True, True], [True, True, True]]
+    several = np.array([[[1.0, 1], [1, -1], [2, -3]]])
+    assert agreement(several, "multi_label_classification").tolist() == [[False, True, True]]
+
+
+@pytest.mark.parametrize("policy", [ExitPolicy(), ExitPolicy(criterion="entropy")], ids=str)
+def test_a_threshold_by_agreement_keeps_to_its_budget_on_other_rows_too(policy):
+    logits, _ = made_up()
+    chosen = choose_threshold_by_agreement(logits, [1, 2, 3, 4, 5, 6], policy, max_disagreement=0.02)
+    for rows in (logits, made_up(seed=1)[0]):
+        taken = replay(rows, chosen, PROBLEM)
+        assert (~agreement(rows)[np.arange(len(taken)), taken]).mean() <= 0.02
+        assert 6 / (taken + 1).mean() > 1.2
+    strict = choose_threshold_by_agreement(logits, [1, 2, 3, 4, 5, 6], policy, max_disagreement=0.005)
+    assert replay(logits, strict, PROBLEM).mean() > replay(logits, chosen, PROBLEM).mean()
+
+
+def test_too_few_rows_to_know_give_full_depth():
+    logits, _ = made_up(40)
+    assert choose_threshold_by_agreement(logits, [1, 2, 3, 4, 5, 6], ExitPolicy(), 0.01).threshold is None
+
+
+def test_the_wilson_bound_is_the_one_of_the_textbook():
+    from scipy.stats import binomtest
+
+    for events, rows in ((0, 50), (3, 400), (12, 1200), (50, 50)):
+        # the upper end of the two-sided 90 % interval is the one-sided 95 % bound
+        expected = binomtest(events, rows).proportion_ci(0.90, method="wilson").high
+        assert wilson_upper_bound(events, rows) == pytest.approx(expected, abs=1e-4)
+
+
 def test_scores_do_not_look_at_later_exits():
     logits, _ = made_up(50)
     changed = logits.copy()
@@ -85,5 +123,9 @@ def test_bad_calls_are_named():
         choose_threshold(logits, labels[:5], range(1, 7), ExitPolicy())
     with pytest.raises(ValueError, match="needs one label per row"):
         choose_threshold(logits[:0], labels[:0], range(1, 7), ExitPolicy())
+    with pytest.raises(ValueError, match="max_disagreement must be a share"):
+        choose_threshold_by_agreement(logits, range(1, 7), ExitPolicy(), -0.1)
+    with pytest.raises(ValueError, match="needs at least one row"):
+        choose_threshold_by_agreement(logits[:0], range(1, 7), ExitPolicy())
     with pytest.raises(ValueError, match="lists 2 numbers, but the model has 6 exits"):
         replay(logits, ExitPolicy(threshold=[0.1, 0.2]), PROBLEM)

@@ -1,6 +1,6 @@
-"""The threshold that saves most within a budget of accuracy."""
+"""The threshold that saves most within a budget: of accuracy, where there are labels, or of changed answers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -43,28 +43,98 @@ def choose_threshold(
     Raises:
         ValueError: no rows, labels that do not belong to the logits, or a budget outside [0, 1).
     """
-    exit_logits, labels = np.asarray(exit_logits, dtype=np.float64), np.asarray(labels)
-    if not 0 <= max_accuracy_drop < 1:
-        raise ValueError(f"max_accuracy_drop must be a share in [0, 1), such as 0.01, got {max_accuracy_drop}.")
-    if len(labels) == 0 or labels.shape != exit_logits.shape[:1]:
+    labels = np.asarray(labels)
+    _check_budget("max_accuracy_drop", max_accuracy_drop)
+    if len(labels) == 0 or labels.shape != np.shape(exit_logits)[:1]:
         raise ValueError(
-            f"Choosing a threshold needs one label per row, got labels {labels.shape} for logits {exit_logits.shape}."
+            f"Choosing a threshold needs one label per row, got labels {labels.shape} for logits "
+            f"{np.shape(exit_logits)}."
         )
-    scores = score_exits(exit_logits, policy, "single_label_classification")
+    right = np.asarray(exit_logits).argmax(axis=-1) == labels[:, None]
+
+    def drop_at_most(taken: Array) -> float:
+        lost = right[:, -1].astype(np.float64) - right[np.arange(len(taken)), taken]
+        return float(lost.mean() + _ONE_SIDED_95 * lost.std() / np.sqrt(len(lost)))
+
+    return _cheapest(
+        exit_logits, exit_layers, policy, "single_label_classification", drop_at_most, max_accuracy_drop, candidates
+    )
+
+
+def choose_threshold_by_agreement(
+    exit_logits: Array,
+    exit_layers: Sequence[int],
+    policy: ExitPolicy,
+    max_disagreement: float = 0.01,
+    problem_type: str = "single_label_classification",
+    candidates: int = 200,
+) -> ExitPolicy:
+    """The policy with the threshold that runs the fewest blocks while few answers differ from those at full depth.
+
+    What is held to the budget is the upper end of the one-sided 95 % interval of the share of rows that are answered
+    otherwise (Wilson score interval). Many thresholds are tried on the same rows, so it is a careful estimate and no
+    guarantee. No labels are needed.
+
+    Args:
+        exit_logits: (rows, exits, labels); single-label, or multi-label, where a row differs if any of its labels does.
+        exit_layers, policy, candidates: as in `choose_threshold`.
+        max_disagreement: the budget, as a share: 0.01 is one row in a hundred.
+
+    Returns:
+        The policy with a threshold; with `None`, full depth, where no threshold keeps to the budget.
+
+    Raises:
+        ValueError: no rows, or a budget outside [0, 1).
+    """
+    _check_budget("max_disagreement", max_disagreement)
+    if len(exit_logits) == 0:
+        raise ValueError("Choosing a threshold needs at least one row, got none.")
+    agrees = agreement(exit_logits, problem_type)
+
+    def disagreement_at_most(taken: Array) -> float:
+        return wilson_upper_bound(int((~agrees[np.arange(len(taken)), taken]).sum()), len(taken))
+
+    return _cheapest(exit_logits, exit_layers, policy, problem_type, disagreement_at_most, max_disagreement, candidates)
+
+
+def agreement(exit_logits: Array, problem_type: str = "single_label_classification") -> Array:
+    """Whether an exit answers a row as the last exit does: logits (rows, exits, labels) to (rows, exits), bool."""
+    logits = np.asarray(exit_logits)
+    if problem_type == "multi_label_classification":
+        return np.asarray(((logits > 0) == (logits[:, -1:] > 0)).all(axis=-1))
+    return np.asarray(logits.argmax(axis=-1) == logits[:, -1:].argmax(axis=-1))
+
+
+def wilson_upper_bound(events: int, rows: int) -> float:
+    """Upper end of the one-sided 95 % score interval of a share (Wilson, 1927): of `events` among `rows`."""
+    share, z2 = events / rows, _ONE_SIDED_95**2
+    spread = _ONE_SIDED_95 * np.sqrt(share * (1 - share) / rows + z2 / (4 * rows**2))
+    return float((share + z2 / (2 * rows) + spread) / (1 + z2 / rows))
+
+
+def _cheapest(
+    exit_logits: Array,
+    exit_layers: Sequence[int],
+    policy: ExitPolicy,
+    problem_type: str,
+    risk_at_most: Callable[[Array], float],
+    budget: float,
+    candidates: int,
+) -> ExitPolicy:
+    """The threshold with the fewest blocks among those whose risk, a function of the exits taken, is in the budget."""
+    scores = score_exits(np.asarray(exit_logits, dtype=np.float64), policy, problem_type)
     finite = scores[np.isfinite(scores)]
+    best, fewest_blocks = None, float(exit_layers[-1])
     if finite.size == 0:
         return replace(policy, threshold=None)
-
-    right = exit_logits.argmax(axis=-1) == labels[:, None]
-    rows = np.arange(len(labels))
-    best, fewest_blocks = None, float(exit_layers[-1])
     for threshold in np.unique(np.quantile(finite, np.linspace(0, 1, candidates))):
         taken = take_exits(scores, [float(threshold)] * len(exit_layers))
-        lost = right[:, -1].astype(np.float64) - right[rows, taken]
         blocks = np.asarray(exit_layers)[taken].mean()
-        if (
-            lost.mean() + _ONE_SIDED_95 * lost.std() / np.sqrt(len(lost)) <= max_accuracy_drop
-            and blocks < fewest_blocks
-        ):
+        if blocks < fewest_blocks and risk_at_most(taken) <= budget:
             best, fewest_blocks = float(threshold), blocks
     return replace(policy, threshold=best)
+
+
+def _check_budget(name: str, budget: float) -> None:
+    if not 0 <= budget < 1:
+        raise ValueError(f"{name} must be a share in [0, 1), such as 0.01, got {budget}.")

@@ -4,6 +4,7 @@ import sys
 
 import typer
 
+from transformers_badge.cli.convert import convert
 from transformers_badge.cli.demo import demo
 from transformers_badge.cli.predict import predict
 from transformers_badge.cli.train import train
@@ -16,6 +17,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_show_locals=False,
 )
+app.command()(convert)
 app.command()(train)
 app.command()(predict)
 app.command()(demo)

@@ -1,5 +1,6 @@
 """Rows from a file or a data set of the hub."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,11 @@ class LabelledRows:
     names: list[str] | None
 
 
-def load_table(source: str, split: str = "train") -> Any:
+def load_table(source: str, split: str = "train", skip_blank_lines: bool = False) -> Any:
     """A `datasets.Dataset` from a CSV, TSV, JSON, JSONL, Parquet or text file, or from the hub by name.
+
+    Args:
+        skip_blank_lines: of a text file, leave out lines with nothing on them.
 
     Raises:
         OSError: there is no such file and no such data set within reach.
@@ -41,7 +45,9 @@ def load_table(source: str, split: str = "train") -> Any:
             table = datasets.load_dataset(readers[path.suffix.lower()], data_files=str(path), split="train", **options)
         except Exception as error:  # datasets wraps what its readers raise in classes of its own
             reason = str(error.__cause__ or error).splitlines()[0]
-            raise ValueError(f"{source} could not be read as {path.suffix[1:]} ({reason}).") from error
+            raise ValueError(f"{source} could not be read as {path.suffix[1:]}, in UTF-8 ({reason}).") from error
+        if skip_blank_lines and path.suffix.lower() == ".txt":
+            table = table.select([row for row, text in enumerate(table["text"]) if text.strip()])
     elif path.suffix or path.is_absolute():
         raise FileNotFoundError(f"There is no file {source}: check the path.")
     else:
@@ -110,6 +116,26 @@ def labelled_rows(
                 f"Row {row + 1} of {source} has the class {text!r}, which is not among {', '.join(names)}."
             )
     return LabelledRows(columns, [index[text] for text in texts], names)
+
+
+def class_indices(table: Any, label_name: str, names: Sequence[str], source: str) -> list[int]:
+    """Labels of a column as indices into class names that are given: whole numbers as they are, texts by name.
+
+    Raises:
+        ValueError: the column is missing, or holds a class that is not among the names.
+    """
+    _check_column(table, label_name, source)
+    index = {name: i for i, name in enumerate(names)}
+    indices = []
+    for row, label in enumerate(table[label_name]):
+        found = label if isinstance(label, int) and 0 <= label < len(names) else index.get(str(label))
+        if found is None:
+            raise ValueError(
+                f"Row {row + 1} of {source} has the class {label!r}, which is not among the model's: "
+                f"{', '.join(names)}."
+            )
+        indices.append(int(found))
+    return indices
 
 
 def _check_column(table: Any, name: str, source: str) -> None:

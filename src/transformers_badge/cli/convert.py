@@ -1,0 +1,85 @@
+"""`transformers-badge convert`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def convert(
+    model: Annotated[str, typer.Argument(help="A fine-tuned sequence classifier: a folder or a hub name.")],
+    texts: Annotated[str, typer.Option(help="Text file, a text a line; or CSV, TSV, JSONL, Parquet, or a data set.")],
+    output_dir: Annotated[Path, typer.Option(help="Where the checkpoint goes; must not exist yet.")],
+    text_column: Annotated[list[str], typer.Option(help="Column with the text; give it twice for pairs.")] = ["text"],  # noqa: B006
+    labels_column: Annotated[
+        str | None, typer.Option(help="Column with the class, if there is one. Default: none, no labels are needed.")
+    ] = None,
+    max_disagreement: Annotated[
+        float, typer.Option(help="Share of answers that may differ from the model's own at full depth.")
+    ] = 0.01,
+    criterion: Annotated[str, typer.Option(help="dge, entropy or patience.")] = "entropy",
+    exit_layers: Annotated[str | None, typer.Option(help="Depths with an exit, such as 2,4,6. Default: all.")] = None,
+    bypass_size: Annotated[int | None, typer.Option(help="Width of the bypasses; 0: none. Default: hidden/12.")] = None,
+    epochs: Annotated[float, typer.Option(help="Passes over the texts.")] = 3,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of bypasses and exits.")] = 1e-3,
+    temperature: Annotated[float, typer.Option(help="Temperature of the answers that the exits learn.")] = 1.0,
+    max_tokens: Annotated[int | None, typer.Option(help="Cut texts at this many tokens. Default: the model's.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 32,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+) -> None:
+    """Make an early-exit model of a fine-tuned classifier, without labels; at full depth it answers as before.
+
+    Interrupted, the same command goes on where it was.
+
+    Example: transformers-badge convert my-classifier --texts traffic.txt --output-dir my-classifier-badge
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from transformers import AutoConfig
+
+    from transformers_badge.cli.train import parse_depths
+    from transformers_badge.training.convert import convert_classifier
+    from transformers_badge.training.data import class_indices, load_table, text_columns
+
+    depths = parse_depths(exit_layers)
+    table = load_table(texts, skip_blank_lines=True)
+    columns = text_columns(table, text_column, texts)
+    labels = None
+    if labels_column is not None:
+        id2label = AutoConfig.from_pretrained(model).id2label
+        labels = class_indices(table, labels_column, [id2label[i] for i in range(len(id2label))], texts)
+    report = convert_classifier(
+        model,
+        columns,
+        output_dir,
+        labels=labels,
+        max_disagreement=max_disagreement,
+        criterion=criterion,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        temperature=temperature,
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        seed=seed,
+        exit_layers=depths,
+        bypass_size=bypass_size,
+    )
+    console, rows = Console(), report["rows"]
+    exits = Table("exit", *[str(layer) for layer in report["exit_layers"]])
+    exits.add_row("answers as the last exit does", *[f"{100 * share:.1f} %" for share in report["exit_agreement"]])
+    console.print(exits)
+    if report["policy"]["threshold"] is None:
+        console.print(
+            f"No threshold keeps disagreement within {max_disagreement:.1%} on {rows['chosen']} texts: the model "
+            "runs at full depth. Give more texts, or a larger --max-disagreement."
+        )
+    else:
+        wall = report["wall_clock_speedup"]
+        console.print(
+            f"On {rows['reported']} texts that were neither trained on nor used to choose the threshold: "
+            f"{report['disagreement']:.2%} of the answers differ from full depth; mean exit layer "
+            f"{report['mean_exit_layer']:.2f} of {report['exit_layers'][-1]}, a layer speedup of "
+            f"{report['layer_speedup']:.2f}x; in seconds {wall['median']:.2f}x ({wall['min']:.2f} to "
+            f"{wall['max']:.2f}) over the source, in batches of 32."
+        )
+    console.print(f"Saved {output_dir}; predict with: transformers-badge predict {output_dir} FILE --output OUT.jsonl")

@@ -1,0 +1,254 @@
+"""Converting a fine-tuned classifier: frozen, its exits taught by its own answers, its threshold chosen on texts."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+# Of the texts, these shares are kept from training: to choose the threshold, and to report what it does.
+CHOOSING, REPORTING = 0.2, 0.1
+TIMED_ROWS, TIMED_BATCH, TIMED_ROUNDS = 256, 32, 5
+
+
+def convert_classifier(
+    source: str | os.PathLike[str],
+    columns: Sequence[Sequence[str]],
+    output_dir: str | os.PathLike[str],
+    *,
+    labels: Sequence[int] | None = None,
+    max_disagreement: float = 0.01,
+    criterion: str = "entropy",
+    epochs: float = 3,
+    learning_rate: float = 1e-3,
+    temperature: float = 1.0,
+    batch_size: int = 32,
+    max_tokens: int | None = None,
+    seed: int = 0,
+    **fields: Any,
+) -> dict[str, Any]:
+    """Make an early-exit model of a fine-tuned classifier, on plain texts, and save it.
+
+    Encoder and head stay as they are; the other exits learn to answer as the last does (and the labels, if there are
+    any). The threshold is then chosen on texts that were kept from training. What is unfinished lies beside the output,
+    in a folder named `<output_dir>.unfinished`; called again in the same way, it goes on from there.
+
+    Args:
+        source: a `...ForSequenceClassification` of a supported family, with its tokenizer: a folder or a hub name.
+        columns: the texts, one list; for pairs two lists of the same length.
+        output_dir: where the checkpoint goes, with `conversion.json`, the report. Must not exist yet, or be empty.
+        labels: class index of every text. Default: none.
+        max_disagreement: how many answers may differ from full depth, as a share.
+        criterion: of the exit policy.
+        epochs: passes over the texts.
+        learning_rate: peak rate of bypasses and exits.
+        temperature: of the answers that the exits learn.
+        batch_size: rows per step.
+        max_tokens: longer texts are cut. Default: what encoder and tokenizer take.
+        seed: of everything random.
+        **fields: of `BadgeConfig`, such as `exit_layers`, `bypass_size`, `pooling`; or of loading, as in
+            `from_classifier`.
+
+    Returns:
+        The report: exit_layers, exit_agreement (share of reported rows that an exit answers as the last does),
+        disagreement, mean_exit_layer, layer_speedup, wall_clock_speedup (over the source, batches of 32), policy, rows.
+
+    Raises:
+        ValueError, TypeError: too few texts, labels that are not the source's, a source that is no classifier, a
+            bad setting; nothing is written.
+        OSError: the source cannot be read, or the output cannot be written.
+    """
+    from transformers import AutoTokenizer, default_data_collator, set_seed
+
+    from transformers_badge.calibration.selection import choose_threshold_by_agreement
+    from transformers_badge.model.configuration_badge import ExitPolicy
+    from transformers_badge.model.loss_badge import infer_problem_type
+    from transformers_badge.model.modeling_badge import BadgeForSequenceClassification
+    from transformers_badge.model.sources_badge import LOADING_ARGUMENTS
+    from transformers_badge.training.fine_tune import make_trainer, tokenize
+    from transformers_badge.training.kept_states import can_keep, kept_in_place
+    from transformers_badge.training.recipes import CONVERSION, applied
+
+    output = Path(output_dir)
+    texts = [list(column) for column in columns]
+    settings: dict[str, Any] = {
+        "max_disagreement": max_disagreement, "criterion": criterion, "epochs": epochs, "learning_rate": learning_rate,
+        "temperature": temperature, "batch_size": batch_size, "max_tokens": max_tokens, "seed": seed,
+    }  # fmt: skip
+    _check_settings(settings, texts, labels)
+    policy = ExitPolicy.of({"criterion": criterion})
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise OSError(f"{output} exists and is not an empty folder: choose another one, or remove it first.")
+
+    set_seed(seed)
+    model = BadgeForSequenceClassification.from_classifier(source, **fields)
+    problem_type = infer_problem_type(model.config.problem_type, model.num_labels, None)
+    if problem_type == "regression":
+        raise ValueError(f"{source} predicts values, not classes: leaving early has no criterion for these.")
+    if len(model.exit_layers) < 2:
+        raise ValueError(f"exit_layers={model.exit_layers} leaves no exit to train: name an earlier depth as well.")
+    if labels is not None and problem_type != "single_label_classification":
+        raise ValueError(f"Labels are of use for problem_type='single_label_classification' only, not {problem_type}.")
+    if labels is not None and not all(0 <= label < model.num_labels for label in labels):
+        raise ValueError(f"labels must be class indices in [0, {model.num_labels}), as the source has them.")
+    loading = {name: value for name, value in fields.items() if name in LOADING_ARGUMENTS}
+    tokenizer = AutoTokenizer.from_pretrained(source, **loading)
+    limit = min(model.adapter.max_tokens(model.config.encoder_config), tokenizer.model_max_length)
+    limit = limit if max_tokens is None else min(limit, max_tokens)
+
+    identity = {**settings, "fields": fields, "source": str(source), "texts": _digest(texts, labels)}
+    work = _open_work(output, identity)
+    rows = tokenize(tokenizer, texts, labels, limit)
+    order = np.random.default_rng(seed).permutation(len(rows))
+    chosen, reported, taught = np.split(order, np.cumsum([round(s * len(rows)) for s in (CHOOSING, REPORTING)]))
+    with applied(CONVERSION, model):
+
+        def trainer_of(rows: Any, **more: Any) -> Any:
+            return make_trainer(
+                model, tokenizer, rows, None, work / "trainer", stage=CONVERSION, epochs=epochs,
+                new_learning_rate=learning_rate, temperature=temperature, batch_size=batch_size, saves=10, seed=seed,
+                **more,
+            )  # fmt: skip
+
+        through_the_encoder = trainer_of(rows.select(taught))
+        if labels is None and can_keep(model):
+            with kept_in_place(model, through_the_encoder, work / "states.npy") as kept:
+                _train(trainer_of(kept, collator=default_data_collator), work)
+        else:
+            _train(through_the_encoder, work)
+        unlabelled = rows.remove_columns("labels") if labels is not None else rows
+        choosing, reporting = (
+            through_the_encoder.predict(unlabelled.select(part)).predictions[1].astype(np.float64)
+            for part in (chosen, reported)
+        )
+    model.eval()
+    model.config.exit_policy = choose_threshold_by_agreement(
+        choosing, model.exit_layers, policy, max_disagreement, problem_type
+    )
+    report = {
+        "source": Path(source).name,
+        "rows": {"taught": len(taught), "chosen": len(chosen), "reported": len(reported)},
+        **_replayed(reporting, model, problem_type),
+        "wall_clock_speedup": _timed(source, loading, model, tokenizer, rows.select(reported[:TIMED_ROWS])),
+        "max_disagreement": max_disagreement,
+        "policy": model.config.exit_policy.to_dict(),
+    }
+    _save(model, tokenizer, report, work, output)
+    return report
+
+
+def _check_settings(settings: dict[str, Any], columns: list[list[str]], labels: Sequence[int] | None) -> None:
+    count, batch_size = len(columns[0]) if columns else 0, settings["batch_size"]
+    if len(columns) not in (1, 2) or any(len(column) != count for column in columns):
+        raise ValueError("columns must be one list of texts, or two of the same length for pairs.")
+    if labels is not None and len(labels) != count:
+        raise ValueError(f"There are {len(labels)} labels for {count} texts: give one for each.")
+    for name in ("batch_size", "epochs", "learning_rate", "temperature"):
+        if not settings[name] > 0:
+            raise ValueError(f"{name} must be above 0, got {settings[name]}.")
+    if not 0 <= settings["max_disagreement"] < 1:
+        raise ValueError(
+            f"max_disagreement must be a share in [0, 1), such as 0.01, got {settings['max_disagreement']}."
+        )
+    if (1 - CHOOSING - REPORTING) * count < batch_size:
+        raise ValueError(
+            f"There are {count} texts, of which {1 - CHOOSING - REPORTING:.0%} are trained on: "
+            f"fewer than one batch of {batch_size}. Give more texts, or a smaller batch_size."
+        )
+
+
+def _digest(columns: list[list[str]], labels: Sequence[int] | None) -> str:
+    data = json.dumps([columns, None if labels is None else list(labels)])
+    return hashlib.sha256(data.encode()).hexdigest()
+
+
+def _open_work(output: Path, identity: dict[str, Any]) -> Path:
+    """The folder of what is unfinished, new or of an earlier call with the same settings and texts."""
+    from transformers_badge.training.fine_tune import check_output_directory
+
+    work = output.with_name(output.name + ".unfinished")
+    check_output_directory(work)
+    file, text = work / "settings.json", json.dumps(identity, indent=2, sort_keys=True, default=str) + "\n"
+    if not file.exists():
+        file.write_text(text)
+    elif file.read_text() != text:
+        raise ValueError(
+            f"{work} holds an unfinished conversion with other settings or texts: finish that one by calling it as "
+            "before, or remove the folder."
+        )
+    return work
+
+
+def _train(trainer: Any, work: Path) -> None:
+    trainer.train(resume_from_checkpoint=_last_checkpoint(work / "trainer"))
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """Where an interrupted run can go on: the last checkpoint that was written to its end."""
+    steps = {int(path.name.split("-")[1]): path for path in folder.glob("checkpoint-*")}
+    for _, path in sorted(steps.items(), reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text())  # Trainer writes it last
+        except (OSError, ValueError):
+            shutil.rmtree(path)  # cut short; its step will be saved anew
+        else:
+            return str(path)
+    return None
+
+
+def _replayed(exit_logits: Any, model: Any, problem_type: str) -> dict[str, Any]:
+    """What exits and policy do on rows that neither training nor the choice of the threshold has seen."""
+    from transformers_badge.calibration.replay import replay
+    from transformers_badge.calibration.selection import agreement
+
+    agrees, layers = agreement(exit_logits, problem_type), np.array(model.exit_layers)
+    taken = replay(exit_logits, model.config.exit_policy, problem_type)
+    mean = float(layers[taken].mean())
+    return {
+        "exit_layers": layers.tolist(),
+        "exit_agreement": agrees.mean(axis=0).tolist(),
+        "disagreement": float(1 - agrees[np.arange(len(taken)), taken].mean()),
+        "mean_exit_layer": mean,
+        "layer_speedup": float(layers[-1] / mean),
+    }
+
+
+def _timed(source: Any, loading: dict[str, Any], model: Any, tokenizer: Any, rows: Any) -> dict[str, float]:
+    """How many times faster early exit is than the source: median, min and max over rounds in which they take turns."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    from transformers_badge.evaluation.timing import time_in_turns
+
+    options = {"dtype": model.dtype, **loading}
+    plain = AutoModelForSequenceClassification.from_pretrained(source, **options).to(model.device).eval()
+    inputs = rows.remove_columns("labels") if "labels" in rows.column_names else rows
+    starts = range(0, len(inputs), TIMED_BATCH)
+    batches = [tokenizer.pad(inputs[i : i + TIMED_BATCH], return_tensors="pt").to(model.device) for i in starts]
+    with torch.no_grad():
+        timings = time_in_turns(
+            {
+                "early_exit": lambda: [model.early_exit_predict(**batch).logits.cpu() for batch in batches],
+                "source": lambda: [plain(**batch).logits.cpu() for batch in batches],
+            },
+            TIMED_ROUNDS,
+        )
+    return timings.speedup("early_exit", "source")
+
+
+def _save(model: Any, tokenizer: Any, report: dict[str, Any], work: Path, output: Path) -> None:
+    """The checkpoint, whole or not at all."""
+    finished = work / "checkpoint"
+    shutil.rmtree(finished, ignore_errors=True)
+    model.save_pretrained(finished)
+    tokenizer.save_pretrained(finished)
+    (finished / "conversion.json").write_text(json.dumps(report, indent=2) + "\n")
+    if output.exists():
+        output.rmdir()  # known to be empty
+    os.replace(finished, output)
+    shutil.rmtree(work)
