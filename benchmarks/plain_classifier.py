@@ -9,8 +9,8 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -26,6 +26,34 @@ from transformers_badge.evaluation.timing import describe_machine
 from transformers_badge.training.fine_tune import tokenize
 
 
+def fine_tune_plainly(texts: list[str], labels: Any, epochs: float, seed: int, folder: Path) -> Trainer:
+    """transformers' own classifier on the encoder; it and its tokenizer are saved in the folder."""
+    set_seed(seed)
+    names = {0: "negative", 1: "positive"}
+    model = AutoModelForSequenceClassification.from_pretrained(
+        encoder_path(), id2label=names, label2id={name: index for index, name in names.items()}
+    )
+    tokenizer = AutoTokenizer.from_pretrained(encoder_path())
+    settings = TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=epochs,
+        learning_rate=LEARNING_RATE,
+        warmup_steps=0.1,
+        per_device_train_batch_size=BATCH_SIZE,
+        per_device_eval_batch_size=64,
+        train_sampling_strategy="group_by_length",
+        save_strategy="no",
+        report_to=[],
+        seed=seed,
+    )
+    rows = tokenize(tokenizer, [texts], labels.tolist(), MAX_TOKENS)
+    trainer = Trainer(model, settings, train_dataset=rows, data_collator=DataCollatorWithPadding(tokenizer))
+    trainer.train()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return trainer
+
+
 def main() -> None:
     """Train, test, store."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -34,32 +62,15 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
 
-    set_seed(arguments.seed)
-    model = AutoModelForSequenceClassification.from_pretrained(encoder_path(), num_labels=2)
-    tokenizer = AutoTokenizer.from_pretrained(encoder_path())
     texts, labels = read_reviews("movies")
-    rows = tokenize(tokenizer, [texts], labels.tolist(), MAX_TOKENS)
-    train, _, test = np.split(np.arange(sum(SPLITS["full"])), np.cumsum(SPLITS["full"])[:-1])
-    with tempfile.TemporaryDirectory() as scratch:
-        settings = TrainingArguments(
-            output_dir=scratch,
-            num_train_epochs=EPOCHS["full"],
-            learning_rate=LEARNING_RATE,
-            warmup_steps=0.1,
-            per_device_train_batch_size=BATCH_SIZE,
-            per_device_eval_batch_size=64,
-            train_sampling_strategy="group_by_length",
-            save_strategy="no",
-            report_to=[],
-            seed=arguments.seed,
-        )
-        trainer = Trainer(
-            model, settings, train_dataset=rows.select(train), data_collator=DataCollatorWithPadding(tokenizer)
-        )
-        trainer.train()
-        prediction = trainer.predict(rows.select(test))
+    train, _, test = SPLITS["full"]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = fine_tune_plainly(texts[:train], labels[:train], EPOCHS["full"], arguments.seed, Path(folder))
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        first = len(texts) - test
+        prediction = trainer.predict(tokenize(tokenizer, [texts[first:]], labels[first:].tolist(), MAX_TOKENS))
     accuracy = float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())
-    record = {"accuracy": accuracy, "rows": {"train": len(train), "test": len(test)}, "machine": describe_machine()}
+    record = {"accuracy": accuracy, "rows": {"train": train, "test": test}, "machine": describe_machine()}
     (arguments.output_dir / "plain_classifier.json").write_text(json.dumps(record, indent=2) + "\n")
     print(f"test accuracy of the plainly fine-tuned classifier: {accuracy:.4f}")
 

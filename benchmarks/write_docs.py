@@ -1,16 +1,22 @@
-"""Make docs/benchmarks.md, the README's figures and the picture from the records in docs/records.
+"""Make docs/benchmarks.md, docs/bypass.md, the README's figures and the pictures from the records in docs/records.
 
 Example: python benchmarks/write_docs.py (`make docs`). To renew the records first:
     transformers-badge demo --output-dir demo-output          -> report.json as docs/records/demo.json
     transformers-badge demo --full --output-dir demo-full     -> report.json as docs/records/demo_full.json
     python benchmarks/run.py                                  -> benchmarks.json
     python benchmarks/plain_classifier.py                     -> plain_classifier.json
+    python benchmarks/convert.py                              -> convert.json
+    python benchmarks/bypass.py --recipe joint                -> bypass_joint.json
+    python benchmarks/bypass.py --recipe frozen               -> bypass_frozen.json
 """
 
 import json
 import re
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
 
 from transformers_badge.evaluation.plots import plot_tradeoff
 
@@ -68,9 +74,9 @@ def timing_table(record: dict[str, Any]) -> list[str]:
     return lines
 
 
-def write_readme(full: dict[str, Any], plain: dict[str, Any]) -> None:
+def write_readme(full: dict[str, Any], plain: dict[str, Any], convert: dict[str, Any]) -> None:
     """Put the figures between the README's markers."""
-    rows = full["rows"]
+    rows, converted = full["rows"], convert["default"]
     text = "\n".join(
         [
             f"MiniLM (6 blocks) on movie-review polarity, `make demo DEMO_ARGS=--full`: {rows['train']} rows to train, "
@@ -85,6 +91,9 @@ def write_readme(full: dict[str, Any], plain: dict[str, Any]) -> None:
                 for entry in full["timing"]
             )
             + f". Mean exit layer {full['early_exit']['mean_exit_layer']:.2f} of {full['exit_layers'][-1]}.",
+            "",
+            f"A plainly fine-tuned MiniLM, converted in {converted['minutes']} minutes with {convert['rows']['texts']} texts and no labels: {converted['early_exit']['layer_speedup']:.2f}x in "
+            f"layers, {ratio(converted['wall_clock_speedup'])} in seconds, with {100 * converted['early_exit']['agreement']:.1f} % of its answers on {convert['rows']['test']} other texts unchanged.",
             f"Measured on {machine(full)}; [all figures](docs/benchmarks.md).",
         ]
     )
@@ -96,9 +105,11 @@ def write_readme(full: dict[str, Any], plain: dict[str, Any]) -> None:
     )
 
 
-def write_benchmarks(full: dict[str, Any], demo: dict[str, Any], plain: dict[str, Any], bench: dict[str, Any]) -> None:
+def write_benchmarks(
+    full: dict[str, Any], demo: dict[str, Any], plain: dict[str, Any], bench: dict[str, Any], convert: dict[str, Any]
+) -> None:
     """docs/benchmarks.md."""
-    overhead, flops = bench["overhead"]["ours_over_transformers"], bench["bypass_flops_share"]
+    overhead, flops = bench["overhead"]["ours_over_transformers"], bench["added_flops_share"]
     lines = [
         "# Benchmarks",
         "",
@@ -139,15 +150,181 @@ def write_benchmarks(full: dict[str, Any], demo: dict[str, Any], plain: dict[str
             f"| rows leaving evenly over 12 exits, batch {entry['batch_size']}: wall-clock over layer speedup "
             f"({entry['layer_speedup']:.2f}x) | {share['median']:.3f} ({share['min']:.3f} to {share['max']:.3f}) |"
         )
-    lines.append(f"| FLOPs of the bypasses, over the encoder's | {100 * flops:.2f} % |")
+    lines.append(f"| FLOPs of bypasses and exits, over the encoder's | {100 * flops:.2f} % |")
+    lines += ["", *convert_section(convert)]
     (ROOT / "docs" / "benchmarks.md").write_text("\n".join(lines) + "\n")
+
+
+def convert_section(record: dict[str, Any]) -> list[str]:
+    """A converted classifier, and the same one with bare exits."""
+    rows, default, bare, kept = record["rows"], record["default"], record["bare"], record["keeping_states"]
+    lines = [
+        "## A converted classifier",
+        "",
+        f"`python benchmarks/convert.py`: MiniLM fine-tuned plainly on {rows['source']} movie reviews (the source), converted on {rows['texts']} others as plain "
+        f"texts, tested on {rows['test']} more; one seed. On {machine(record)}.",
+        "",
+        "| | default | bare exits: mean pooling, no bypass |",
+        "|---|---|---|",
+        f"| minutes | {default['minutes']} | {bare['minutes']} |",
+    ]
+    for title, value in (
+        ("last exit equals the source to the bit", lambda entry: "yes" if entry["last_exit_equals_source"] else "no"),
+        ("answers that agree with the source", lambda entry: f"{100 * entry['early_exit']['agreement']:.2f} %"),
+        ("layer speedup", lambda entry: f"{entry['early_exit']['layer_speedup']:.2f}x"),
+        (
+            "in seconds over the source, batches of 32, on 256 of the kept texts",
+            lambda entry: ratio(entry["wall_clock_speedup"]),
+        ),
+        ("accuracy at full depth, as the source", lambda entry: percent(entry["source_accuracy"])),
+        ("accuracy of early exit", lambda entry: percent(entry["early_exit"]["accuracy"])),
+        ("mean accuracy of the inner exits", lambda entry: percent(np.mean(entry["exit_accuracy"][:-1]))),
+        ("their mean agreement with the source", lambda entry: percent(np.mean(entry["exit_agreement"][:-1]))),
+    ):
+        lines.append(f"| {title} | {value(default)} | {value(bare)} |")
+    for index, layer in enumerate(default["exit_layers"][:-1]):
+        cells = [
+            f"{percent(entry['exit_accuracy'][index])}, {percent(entry['exit_agreement'][index])}"
+            for entry in (default, bare)
+        ]
+        lines.append(f"| exit {layer}: accuracy, agreement | {cells[0]} | {cells[1]} |")
+    faster = kept["through_the_encoder"] / (kept["one_pass"] + kept["on_kept_states"])
+    lines += [
+        "",
+        f"Bare exits read nothing but pooled rows that training does not change, so `convert` trains them on states kept from one pass through the encoder: {kept['one_pass']:.0f} s for "
+        f"the pass and {kept['on_kept_states']:.0f} s for {kept['epochs']} epochs, against {kept['through_the_encoder']:.0f} s through the encoder, {faster:.1f} times faster. Attention pooling reads "
+        "every token, so that this is not open to the default.",
+    ]
+    return lines
+
+
+def bypass_runs(recipe: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The record of a recipe, and one entry per variant and data set with the values of its seeds."""
+    record = load(f"bypass_{recipe}")
+    found: dict[str, dict[str, Any]] = {}
+    for run in record["runs"]:
+        key = json.dumps([run["variant"], run["data"]])
+        entry = found.setdefault(key, {**run["variant"], "data": run["data"], "inner": [], "last": [], "agreement": []})
+        entry["inner"].append(100 * float(np.mean(run["exit_accuracy"][:-1])))
+        entry["last"].append(100 * run["exit_accuracy"][-1])
+        if "exit_agreement" in run:
+            entry["agreement"].append(100 * float(np.mean(run["exit_agreement"][:-1])))
+    return record, list(found.values())
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation over seeds."""
+    return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
+
+
+def write_bypass() -> None:
+    """docs/bypass.md and its picture."""
+    titles = {
+        "block_input": "tokens of the block's input",
+        "block_output": "tokens of the block's output",
+        "pooled": "the exit's pooled row",
+    }
+    joint, frozen = bypass_runs("joint"), bypass_runs("frozen")
+    rows = joint[0]["rows"]
+    lines = [
+        "# Whether the bypass earns its place",
+        "",
+        "Made by `make docs` from records/bypass_joint.json and records/bypass_frozen.json; `benchmarks/bypass.py` makes those. MiniLM, 6 blocks; "
+        "mean and standard deviation over the seeds; the inner exits are 1 to 5. Subsets, to fit two cores: "
+        + "; ".join(
+            f"{data}: joint on {n['joint']} labelled rows for one epoch, frozen with a source fine-tuned on {n['source']} rows and {n['texts']} texts without labels, "
+            f"{n['test']} test rows"
+            for data, n in rows.items()
+        )
+        + ".",
+        "",
+        "![Accuracy of the inner exits by bypass](images/bypass.png)",
+        "",
+        f"## A converted classifier, frozen ({machine(frozen[0])})",
+        "",
+        "| pooling | the bypass reads | width | "
+        + " | ".join(f"{data}: inner exits, % right | % as the last exit" for data in rows)
+        + " |",
+        "|---|---|---|" + "---|---|" * len(rows),
+    ]
+
+    def variants(entries: list[dict[str, Any]]) -> list[tuple[str, str, int]]:
+        return list(dict.fromkeys((e["pooling"], e["bypass_reads"], e["bypass_size"]) for e in entries))
+
+    def cell(entries: list[dict[str, Any]], variant: tuple[str, str, int], data: str) -> dict[str, Any]:
+        return next(
+            e for e in entries if (e["pooling"], e["bypass_reads"], e["bypass_size"]) == variant and e["data"] == data
+        )
+
+    for variant in variants(frozen[1]):
+        pooling, reads, size = variant
+        cells = [cell(frozen[1], variant, data) for data in rows]
+        values = " | ".join(f"{spread(c['inner'])} | {spread(c['agreement'])}" for c in cells)
+        lines.append(f"| {pooling} | {titles[reads] if size else 'none'} | {size} | {values} |")
+    lines += [
+        "",
+        f"## Joint training ({machine(joint[0])})",
+        "",
+        "| pooling | the bypass reads | width | "
+        + " | ".join(f"{data}: inner exits, % right | last exit" for data in rows)
+        + " |",
+        "|---|---|---|" + "---|---|" * len(rows),
+    ]
+    for variant in variants(joint[1]):
+        pooling, reads, size = variant
+        cells = [cell(joint[1], variant, data) for data in rows]
+        values = " | ".join(f"{spread(c['inner'])} | {spread(c['last'])}" for c in cells)
+        lines.append(f"| {pooling} | {titles[reads] if size else 'none'} | {size} | {values} |")
+    lines += [
+        "",
+        "What follows from it, and what became the default: [How the model works](model.md#why-the-bypass-is-what-it-is).",
+    ]
+    (ROOT / "docs" / "bypass.md").write_text("\n".join(lines) + "\n")
+    plot_bypass(joint[1], frozen[1], list(rows), titles, ROOT / "docs" / "images" / "bypass.png")
+
+
+def plot_bypass(
+    joint: list[dict[str, Any]], frozen: list[dict[str, Any]], names: list[str], titles: dict[str, str], path: Path
+) -> None:
+    """Accuracy of the inner exits against the width of the bypass, one panel per recipe and data set."""
+    figure = Figure(figsize=(9.0, 6.2), dpi=150, layout="constrained")
+    panels = figure.subplots(2, len(names), sharex=True)
+    colors = {"block_input": "#9a9a9a", "block_output": "#1f5fa8", "pooled": "#d1495b"}
+    for row, (recipe, entries) in zip(panels, (("frozen", frozen), ("joint", joint)), strict=True):
+        for axes, data in zip(row, names, strict=True):
+            for pooling, style in (("attention", "o-"), ("mean", "s--")):
+                chosen = [e for e in entries if e["data"] == data and e["pooling"] == pooling]
+                for reads, color in colors.items():
+                    line = [e for e in chosen if e["bypass_reads"] == reads or e["bypass_size"] == 0]
+                    line = sorted(line, key=lambda entry: entry["bypass_size"])
+                    if line:
+                        axes.errorbar(
+                            [["0", "32", "64", "128"].index(str(e["bypass_size"])) for e in line],
+                            [np.mean(e["inner"]) for e in line],
+                            [np.std(e["inner"], ddof=1) if len(e["inner"]) > 1 else 0 for e in line],
+                            fmt=style, color=color, ms=4, lw=1.4, capsize=2,
+                            label=f"{titles[reads]}, {pooling} pooling",
+                        )  # fmt: skip
+            axes.set_title(f"{recipe}: {data}", fontsize=10)
+            axes.set_xticks(range(4), ["none", "32", "64", "128"])
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(axis="y", alpha=0.25)
+    for axes in panels[1]:
+        axes.set_xlabel("width of the bypass")
+    for row in panels:
+        row[0].set_ylabel("inner exits, % right")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    figure.savefig(path)
 
 
 def main() -> None:
     """Write everything."""
-    full, demo, plain, bench = map(load, ("demo_full", "demo", "plain_classifier", "benchmarks"))
-    write_readme(full, plain)
-    write_benchmarks(full, demo, plain, bench)
+    names = ("demo_full", "demo", "plain_classifier", "benchmarks", "convert")
+    full, demo, plain, bench, convert = map(load, names)
+    write_readme(full, plain, convert)
+    write_benchmarks(full, demo, plain, bench, convert)
+    write_bypass()
     plot_tradeoff(full, ROOT / "docs" / "images" / "tradeoff.png")
 
 

@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from .model.configuration_badge import BadgeConfig, ExitPolicy
 from .model.modeling_badge import BadgeForSequenceClassification
 from .model.pipeline_badge import BadgeTextClassificationPipeline
+from .training.convert import convert_classifier
 from .training.fine_tune import parameter_groups
 from .training.metrics import compute_exit_metrics
 
@@ -19,6 +20,7 @@ __all__ = [
     "BadgeTextClassificationPipeline",
     "ExitPolicy",
     "compute_exit_metrics",
+    "convert_classifier",
     "parameter_groups",
 ]
 

@@ -9,6 +9,7 @@ from transformers_badge.calibration.selection import (
     agreement,
     choose_threshold,
     choose_threshold_by_agreement,
+    rows_needed,
     wilson_upper_bound,
 )
 
@@ -94,6 +95,13 @@ def test_a_threshold_by_agreement_keeps_to_its_budget_on_other_rows_too(policy):
 def test_too_few_rows_to_know_give_full_depth():
     logits, _ = made_up(40)
     assert choose_threshold_by_agreement(logits, [1, 2, 3, 4, 5, 6], ExitPolicy(), 0.01).threshold is None
+
+
+@pytest.mark.parametrize("budget", [0.005, 0.01, 0.3])
+def test_fewer_rows_than_needed_can_show_nothing(budget):
+    rows = int(rows_needed(budget))
+    assert wilson_upper_bound(0, rows) <= budget < wilson_upper_bound(0, rows - 1)
+    assert rows_needed(0) == float("inf")
 
 
 def test_the_wilson_bound_is_the_one_of_the_textbook():

@@ -15,10 +15,11 @@ def test_defaults_follow_the_encoder():
     config = BadgeConfig()
     assert config.encoder_config.model_type == "bert"
     assert config.exit_layers == list(range(1, 13))
-    assert config.bypass_size == 64  # hidden 768 / 12
+    assert config.bypass_size == 256  # hidden 768 / 3
+    assert BadgeConfig(bypass_reads="block_output").bypass_size == 64  # and / 12, where every token is read
     assert config.exit_policy == ExitPolicy()
     assert config.exit_policy.threshold is None
-    assert tiny_config("bert").bypass_size == 2
+    assert tiny_config("bert").bypass_size == 10
 
 
 def test_the_encoder_config_is_an_object_or_a_dict():

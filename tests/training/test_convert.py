@@ -156,7 +156,7 @@ def test_pairs_fields_and_an_empty_folder_are_taken(source, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"columns": [TEXTS[:20]]}, "There are 20 texts, of which 70% are trained on: fewer than one batch of 32"),
+        ({"columns": [TEXTS[:20]]}, "There are 20 texts, of which 14 are trained on: fewer than one batch of 32"),
         ({"columns": [TEXTS, TEXTS[:5]]}, "two of the same length for pairs"),
         ({"columns": []}, "columns must be one list of texts"),
         ({"labels": [0, 1]}, "There are 2 labels for 480 texts"),

@@ -112,6 +112,11 @@ def wilson_upper_bound(events: int, rows: int) -> float:
     return float((share + z2 / (2 * rows) + spread) / (1 + z2 / rows))
 
 
+def rows_needed(budget: float) -> float:
+    """With fewer rows than this, not even a row without any event keeps `wilson_upper_bound` within a budget."""
+    return float(np.ceil(_ONE_SIDED_95**2 * (1 - budget) / budget)) if budget > 0 else float("inf")
+
+
 def _cheapest(
     exit_logits: Array,
     exit_layers: Sequence[int],

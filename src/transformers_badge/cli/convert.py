@@ -19,7 +19,7 @@ def convert(
     ] = 0.01,
     criterion: Annotated[str, typer.Option(help="dge, entropy or patience.")] = "entropy",
     exit_layers: Annotated[str | None, typer.Option(help="Depths with an exit, such as 2,4,6. Default: all.")] = None,
-    bypass_size: Annotated[int | None, typer.Option(help="Width of the bypasses; 0: none. Default: hidden/12.")] = None,
+    bypass_size: Annotated[int | None, typer.Option(help="Width of the bypasses; 0: none. Default: hidden/3.")] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the texts.")] = 3,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of bypasses and exits.")] = 1e-3,
     temperature: Annotated[float, typer.Option(help="Temperature of the answers that the exits learn.")] = 1.0,
@@ -38,12 +38,18 @@ def convert(
     from transformers import AutoConfig
 
     from transformers_badge.cli.train import parse_depths
-    from transformers_badge.training.convert import convert_classifier
+    from transformers_badge.training.convert import convert_classifier, texts_needed
     from transformers_badge.training.data import class_indices, load_table, text_columns
 
     depths = parse_depths(exit_layers)
     table = load_table(texts, skip_blank_lines=True)
     columns = text_columns(table, text_column, texts)
+    if len(columns[0]) < texts_needed(max_disagreement):
+        typer.echo(
+            f"Note: {len(columns[0])} texts cannot show a disagreement of at most {max_disagreement:.2%}, for which "
+            f"{texts_needed(max_disagreement):,.0f} are needed: the model will run at full depth.",
+            err=True,
+        )
     labels = None
     if labels_column is not None:
         id2label = AutoConfig.from_pretrained(model).id2label
@@ -70,8 +76,9 @@ def convert(
     console.print(exits)
     if report["policy"]["threshold"] is None:
         console.print(
-            f"No threshold keeps disagreement within {max_disagreement:.1%} on {rows['chosen']} texts: the model "
-            "runs at full depth. Give more texts, or a larger --max-disagreement."
+            f"No threshold keeps disagreement within {max_disagreement:.2%} on {rows['chosen']} texts: the model "
+            f"runs at full depth. Give more texts (at least {texts_needed(max_disagreement):,.0f} in all), or a larger "
+            "--max-disagreement."
         )
     else:
         wall = report["wall_clock_speedup"]

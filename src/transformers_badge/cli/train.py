@@ -24,7 +24,7 @@ def train(
         ),
     ] = "joint",
     exit_layers: Annotated[str | None, typer.Option(help="Depths with an exit, such as 2,4,6. Default: all.")] = None,
-    bypass_size: Annotated[int | None, typer.Option(help="Width of the bypasses; 0: none. Default: hidden/12.")] = None,
+    bypass_size: Annotated[int | None, typer.Option(help="Width of the bypasses; 0: none. Default: hidden/3.")] = None,
     epochs: Annotated[float, typer.Option(min=0.0, help="Passes over the training rows.")] = 3,
     learning_rate: Annotated[float, typer.Option(min=0.0, help="Peak learning rate of the encoder.")] = 5e-5,
     new_learning_rate: Annotated[float, typer.Option(min=0.0, help="The same, of bypasses and exits.")] = 1e-3,

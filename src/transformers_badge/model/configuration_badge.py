@@ -155,7 +155,8 @@ class BadgeConfig(PreTrainedConfig):
 
     Args:
         encoder_config: the encoder's own config, as an object or a dict with its `model_type`. Default: BERT base.
-        bypass_size: bottleneck width of the bypasses; 0: no bypasses. Default: hidden size / 12.
+        bypass_size: bottleneck width of the bypasses; 0: no bypasses. Default: hidden size / 3, and for bypasses that
+            read tokens hidden size / 12.
         bypass_reads: what a bypass reads, besides the bypass state: `"pooled"`, the block's output as its exit pools it
             (one vector per row, and next to no cost); or every token of `"block_output"` or `"block_input"` (about
             1.4 % of a BERT block's FLOPs at the default width).
@@ -208,7 +209,7 @@ class BadgeConfig(PreTrainedConfig):
         self.encoder_config = encoder
         get_adapter(encoder.model_type)
         if self.bypass_size is None:
-            self.bypass_size = max(1, encoder.hidden_size // 12)
+            self.bypass_size = max(1, encoder.hidden_size // (3 if self.bypass_reads == "pooled" else 12))
         if self.exit_layers is None:
             self.exit_layers = list(range(1, encoder.num_hidden_layers + 1))
         # pipeline() reads this from config.json to find the pipeline that ships with the checkpoint.

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 
-# Of the texts, these shares are kept from training: to choose the threshold, and to report what it does.
-CHOOSING, REPORTING = 0.2, 0.1
+# Of the texts, these shares are kept from training, up to so many: to choose the threshold, and to report what it does.
+CHOOSING, REPORTING = (0.2, 10_000), (0.1, 5_000)
 TIMED_ROWS, TIMED_BATCH, TIMED_ROUNDS = 256, 32, 5
 
 
@@ -105,7 +105,7 @@ def convert_classifier(
     work = _open_work(output, identity)
     rows = tokenize(tokenizer, texts, labels, limit)
     order = np.random.default_rng(seed).permutation(len(rows))
-    chosen, reported, taught = np.split(order, np.cumsum([round(s * len(rows)) for s in (CHOOSING, REPORTING)]))
+    chosen, reported, taught = np.split(order, np.cumsum(_kept_rows(len(rows))))
     with applied(CONVERSION, model):
 
         def trainer_of(rows: Any, **more: Any) -> Any:
@@ -155,11 +155,25 @@ def _check_settings(settings: dict[str, Any], columns: list[list[str]], labels: 
         raise ValueError(
             f"max_disagreement must be a share in [0, 1), such as 0.01, got {settings['max_disagreement']}."
         )
-    if (1 - CHOOSING - REPORTING) * count < batch_size:
+    taught = count - sum(_kept_rows(count))
+    if taught < batch_size:
         raise ValueError(
-            f"There are {count} texts, of which {1 - CHOOSING - REPORTING:.0%} are trained on: "
-            f"fewer than one batch of {batch_size}. Give more texts, or a smaller batch_size."
+            f"There are {count} texts, of which {taught} are trained on: fewer than one batch of {batch_size}. "
+            "Give more texts, or a smaller batch_size."
         )
+
+
+def _kept_rows(count: int) -> list[int]:
+    """How many of the texts choose the threshold, and how many report."""
+    return [min(round(share * count), most) for share, most in (CHOOSING, REPORTING)]
+
+
+def texts_needed(max_disagreement: float) -> float:
+    """With fewer texts than this, no threshold can be shown to keep to a budget; infinity for a budget of 0."""
+    from transformers_badge.calibration.selection import rows_needed
+
+    needed = rows_needed(max_disagreement)
+    return needed if np.isinf(needed) else float(np.ceil(needed / CHOOSING[0]))
 
 
 def _digest(columns: list[list[str]], labels: Sequence[int] | None) -> str:
