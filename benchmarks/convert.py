@@ -111,7 +111,7 @@ def main() -> None:
         fine_tune_plainly(texts[:SOURCE_ROWS], labels[:SOURCE_ROWS], EPOCHS, arguments.seed, source)
         for name, fields in SETTINGS.items():
             start = time.perf_counter()
-            report = convert_classifier(source, [unlabelled], Path(scratch) / name, seed=arguments.seed, **fields)
+            report = convert_classifier(source, unlabelled, Path(scratch) / name, seed=arguments.seed, **fields)
             minutes = (time.perf_counter() - start) / 60
             record[name] = {
                 "minutes": round(minutes, 1),

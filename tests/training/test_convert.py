@@ -48,7 +48,7 @@ def source(minilm, tmp_path_factory):
 @pytest.fixture(scope="module")
 def converted(source, tmp_path_factory):
     folder = tmp_path_factory.mktemp("converted") / "badge"
-    return folder, convert_classifier(source, [TEXTS], folder, max_disagreement=0.05, epochs=4, learning_rate=1e-2)
+    return folder, convert_classifier(source, TEXTS, folder, max_disagreement=0.05, epochs=4, learning_rate=1e-2)
 
 
 def weights(folder):
@@ -85,7 +85,7 @@ def test_only_a_whole_checkpoint_is_left(converted):
     folder, _ = converted
     assert [path.name for path in folder.parent.iterdir()] == ["badge"]
     with pytest.raises(OSError, match="exists and is not an empty folder"):
-        convert_classifier("anything", [TEXTS], folder)
+        convert_classifier("anything", TEXTS, folder)
 
 
 class Interrupt(TrainerCallback):
@@ -113,21 +113,21 @@ def test_an_interrupted_conversion_goes_on_where_it_was(source, tmp_path, monkey
 
     texts = TEXTS[:240]
     whole = tmp_path / "whole"
-    convert_classifier(source, [texts], whole, epochs=2)
+    convert_classifier(source, texts, whole, epochs=2)
     monkeypatch.setattr(fine_tune, "make_trainer", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        convert_classifier(source, [texts], tmp_path / "badge", epochs=2)
+        convert_classifier(source, texts, tmp_path / "badge", epochs=2)
     assert not (tmp_path / "badge").exists()
 
     monkeypatch.setattr(fine_tune, "make_trainer", counted)
     with pytest.raises(ValueError, match="unfinished conversion with other settings or texts"):
-        convert_classifier(source, [texts], tmp_path / "badge", epochs=3)
+        convert_classifier(source, texts, tmp_path / "badge", epochs=3)
     # a checkpoint that was cut short while it was written is passed over
     trainer = tmp_path / "badge.unfinished" / "trainer"
     (last,) = trainer.glob("checkpoint-*")
     shutil.copytree(last, trainer / "checkpoint-99")
     (trainer / "checkpoint-99" / "trainer_state.json").write_text("{")
-    convert_classifier(source, [texts], tmp_path / "badge", epochs=2)
+    convert_classifier(source, texts, tmp_path / "badge", epochs=2)
     assert started[0] == int(last.name.split("-")[1]) > 0
     resumed, expected = weights(tmp_path / "badge"), weights(whole)
     assert all(torch.allclose(resumed[name], weight, atol=1e-6) for name, weight in expected.items())
@@ -138,14 +138,15 @@ def test_labels_are_learnt_beside_the_answers(source, tmp_path):
     """Labels that contradict the source pull the exits away from it."""
     wrong = [(0 if " good " in text else 1 if " bad " in text else 2) for text in TEXTS]
     wrong = [(label + 1) % 3 for label in wrong]
-    report = convert_classifier(source, [TEXTS], tmp_path / "badge", labels=wrong, epochs=4, learning_rate=1e-2)
+    report = convert_classifier(source, TEXTS, tmp_path / "badge", labels=wrong, epochs=4, learning_rate=1e-2)
     assert report["exit_agreement"][0] < 0.9
 
 
 def test_pairs_fields_and_an_empty_folder_are_taken(source, tmp_path):
     (tmp_path / "badge").mkdir()
+    pairs = list(zip(TEXTS[:80], TEXTS[80:160], strict=True))
     report = convert_classifier(
-        source, [TEXTS[:80], TEXTS[80:160]], tmp_path / "badge", epochs=1, exit_layers=[2, 4], bypass_size=0,
+        source, pairs, tmp_path / "badge", epochs=1, exit_layers=[2, 4], bypass_size=0,
         pooling="mean", criterion="patience", max_tokens=8,
     )  # fmt: skip
     assert report["exit_layers"] == [2, 4]
@@ -156,9 +157,8 @@ def test_pairs_fields_and_an_empty_folder_are_taken(source, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"columns": [TEXTS[:20]]}, "There are 20 texts, of which 14 are trained on: fewer than one batch of 32"),
-        ({"columns": [TEXTS, TEXTS[:5]]}, "two of the same length for pairs"),
-        ({"columns": []}, "columns must be one list of texts"),
+        ({"texts": TEXTS[:20]}, "There are 20 texts, of which 14 are trained on: fewer than one batch of 32"),
+        ({"texts": []}, "There are 0 texts"),
         ({"labels": [0, 1]}, "There are 2 labels for 480 texts"),
         ({"labels": [3] * len(TEXTS)}, r"labels must be class indices in \[0, 3\)"),
         ({"max_disagreement": 1.0}, r"max_disagreement must be a share in \[0, 1\)"),
@@ -173,7 +173,22 @@ def test_pairs_fields_and_an_empty_folder_are_taken(source, tmp_path):
 )
 def test_bad_calls_are_named_and_nothing_is_written(source, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
-        convert_classifier(source, change.pop("columns", [TEXTS]), tmp_path / "badge", **change)
+        convert_classifier(source, change.pop("texts", TEXTS), tmp_path / "badge", **change)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ("a text", "must be a list of texts, got a single one"),
+        (["a text", 7], "all be texts"),
+        (["a text", ("a", "pair")], "got \\('a', 'pair'\\) at 1"),
+        ([("one", "two", "three")], "all pairs of texts"),
+    ],
+)
+def test_what_are_no_texts_is_named(source, tmp_path, texts, message):
+    with pytest.raises(TypeError, match=message):
+        convert_classifier(source, texts, tmp_path / "badge")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -181,7 +196,7 @@ def test_a_regression_model_is_refused(source, tmp_path):
     shutil.copytree(source, tmp_path / "source")
     tiny_classifier("bert", num_labels=1, vocab_size=30522).save_pretrained(tmp_path / "source")
     with pytest.raises(ValueError, match="predicts values, not classes"):
-        convert_classifier(tmp_path / "source", [TEXTS], tmp_path / "badge")
+        convert_classifier(tmp_path / "source", TEXTS, tmp_path / "badge")
 
 
 def test_multi_label_models_are_converted(source, tmp_path):
@@ -189,7 +204,7 @@ def test_multi_label_models_are_converted(source, tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(source)
     model.config.problem_type = "multi_label_classification"
     model.save_pretrained(tmp_path / "source")
-    report = convert_classifier(tmp_path / "source", [TEXTS], tmp_path / "badge", epochs=4, learning_rate=1e-2)
+    report = convert_classifier(tmp_path / "source", TEXTS, tmp_path / "badge", epochs=4, learning_rate=1e-2)
     assert min(report["exit_agreement"]) > 0.8
     with pytest.raises(ValueError, match="Labels are of use for problem_type='single_label_classification' only"):
-        convert_classifier(tmp_path / "source", [TEXTS], tmp_path / "other", labels=[0] * len(TEXTS))
+        convert_classifier(tmp_path / "source", TEXTS, tmp_path / "other", labels=[0] * len(TEXTS))

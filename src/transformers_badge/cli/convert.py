@@ -56,7 +56,7 @@ def convert(
         labels = class_indices(table, labels_column, [id2label[i] for i in range(len(id2label))], texts)
     report = convert_classifier(
         model,
-        columns,
+        columns[0] if len(columns) == 1 else list(zip(*columns, strict=True)),
         output_dir,
         labels=labels,
         max_disagreement=max_disagreement,

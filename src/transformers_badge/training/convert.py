@@ -18,7 +18,7 @@ TIMED_ROWS, TIMED_BATCH, TIMED_ROUNDS = 256, 32, 5
 
 def convert_classifier(
     source: str | os.PathLike[str],
-    columns: Sequence[Sequence[str]],
+    texts: Sequence[str] | Sequence[tuple[str, str]],
     output_dir: str | os.PathLike[str],
     *,
     labels: Sequence[int] | None = None,
@@ -40,7 +40,7 @@ def convert_classifier(
 
     Args:
         source: a `...ForSequenceClassification` of a supported family, with its tokenizer: a folder or a hub name.
-        columns: the texts, one list; for pairs two lists of the same length.
+        texts: texts of the kind that the classifier will see, or pairs of texts.
         output_dir: where the checkpoint goes, with `conversion.json`, the report. Must not exist yet, or be empty.
         labels: class index of every text. Default: none.
         max_disagreement: how many answers may differ from full depth, as a share.
@@ -75,12 +75,12 @@ def convert_classifier(
     from transformers_badge.training.recipes import CONVERSION, applied
 
     output = Path(output_dir)
-    texts = [list(column) for column in columns]
+    columns = _columns(texts)
     settings: dict[str, Any] = {
         "max_disagreement": max_disagreement, "criterion": criterion, "epochs": epochs, "learning_rate": learning_rate,
         "temperature": temperature, "batch_size": batch_size, "max_tokens": max_tokens, "seed": seed,
     }  # fmt: skip
-    _check_settings(settings, texts, labels)
+    _check_settings(settings, len(texts), labels)
     policy = ExitPolicy.of({"criterion": criterion})
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise OSError(f"{output} exists and is not an empty folder: choose another one, or remove it first.")
@@ -88,22 +88,15 @@ def convert_classifier(
     set_seed(seed)
     model = BadgeForSequenceClassification.from_classifier(source, **fields)
     problem_type = infer_problem_type(model.config.problem_type, model.num_labels, None)
-    if problem_type == "regression":
-        raise ValueError(f"{source} predicts values, not classes: leaving early has no criterion for these.")
-    if len(model.exit_layers) < 2:
-        raise ValueError(f"exit_layers={model.exit_layers} leaves no exit to train: name an earlier depth as well.")
-    if labels is not None and problem_type != "single_label_classification":
-        raise ValueError(f"Labels are of use for problem_type='single_label_classification' only, not {problem_type}.")
-    if labels is not None and not all(0 <= label < model.num_labels for label in labels):
-        raise ValueError(f"labels must be class indices in [0, {model.num_labels}), as the source has them.")
+    _check_model(model, problem_type, labels)
     loading = {name: value for name, value in fields.items() if name in LOADING_ARGUMENTS}
     tokenizer = AutoTokenizer.from_pretrained(source, **loading)
     limit = min(model.adapter.max_tokens(model.config.encoder_config), tokenizer.model_max_length)
     limit = limit if max_tokens is None else min(limit, max_tokens)
 
-    identity = {**settings, "fields": fields, "source": str(source), "texts": _digest(texts, labels)}
+    identity = {**settings, "fields": fields, "source": str(source), "texts": _digest(columns, labels)}
     work = _open_work(output, identity)
-    rows = tokenize(tokenizer, texts, labels, limit)
+    rows = tokenize(tokenizer, columns, labels, limit)
     order = np.random.default_rng(seed).permutation(len(rows))
     chosen, reported, taught = np.split(order, np.cumsum(_kept_rows(len(rows))))
     with applied(CONVERSION, model):
@@ -142,10 +135,19 @@ def convert_classifier(
     return report
 
 
-def _check_settings(settings: dict[str, Any], columns: list[list[str]], labels: Sequence[int] | None) -> None:
-    count, batch_size = len(columns[0]) if columns else 0, settings["batch_size"]
-    if len(columns) not in (1, 2) or any(len(column) != count for column in columns):
-        raise ValueError("columns must be one list of texts, or two of the same length for pairs.")
+def _columns(texts: Any) -> list[list[str]]:
+    """One list of texts, or two where they are pairs."""
+    if isinstance(texts, str):
+        raise TypeError("texts must be a list of texts, got a single one.")
+    rows = [tuple(text) if isinstance(text, (tuple, list)) else (text,) for text in texts]
+    for number, row in enumerate(rows):
+        if len(row) != len(rows[0]) or len(row) > 2 or not all(isinstance(text, str) for text in row):
+            raise TypeError(f"texts must all be texts, or all pairs of texts, got {texts[number]!r} at {number}.")
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+def _check_settings(settings: dict[str, Any], count: int, labels: Sequence[int] | None) -> None:
+    batch_size = settings["batch_size"]
     if labels is not None and len(labels) != count:
         raise ValueError(f"There are {len(labels)} labels for {count} texts: give one for each.")
     for name in ("batch_size", "epochs", "learning_rate", "temperature"):
@@ -161,6 +163,17 @@ def _check_settings(settings: dict[str, Any], columns: list[list[str]], labels: 
             f"There are {count} texts, of which {taught} are trained on: fewer than one batch of {batch_size}. "
             "Give more texts, or a smaller batch_size."
         )
+
+
+def _check_model(model: Any, problem_type: str, labels: Sequence[int] | None) -> None:
+    if problem_type == "regression":
+        raise ValueError("The source predicts values, not classes: leaving early has no criterion for these.")
+    if len(model.exit_layers) < 2:
+        raise ValueError(f"exit_layers={model.exit_layers} leaves no exit to train: name an earlier depth as well.")
+    if labels is not None and problem_type != "single_label_classification":
+        raise ValueError(f"Labels are of use for problem_type='single_label_classification' only, not {problem_type}.")
+    if labels is not None and not all(0 <= label < model.num_labels for label in labels):
+        raise ValueError(f"labels must be class indices in [0, {model.num_labels}), as the source has them.")
 
 
 def _kept_rows(count: int) -> list[int]:
