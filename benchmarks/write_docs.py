@@ -314,12 +314,12 @@ def plot_bypass(
         for axes, data in zip(row, names, strict=True):
             for pooling, style in (("attention", "o-"), ("mean", "s--")):
                 chosen = [e for e in entries if e["data"] == data and e["pooling"] == pooling]
-                for reads, color in colors.items():
+                for shift, (reads, color) in enumerate(colors.items()):
                     line = [e for e in chosen if e["bypass_reads"] == reads or e["bypass_size"] == 0]
                     line = sorted(line, key=lambda entry: entry["bypass_size"])
                     if line:
                         axes.errorbar(
-                            [["0", "32", "64", "128"].index(str(e["bypass_size"])) for e in line],
+                            [(0, 32, 64, 128).index(e["bypass_size"]) + 0.06 * (shift - 1) for e in line],
                             [np.mean(e["inner"]) for e in line],
                             [np.std(e["inner"], ddof=1) if len(e["inner"]) > 1 else 0 for e in line],
                             fmt=style, color=color, ms=4, lw=1.4, capsize=2,
