@@ -141,11 +141,11 @@ def test_convert_needs_texts_alone_and_predict_takes_what_it_makes(classifier, d
         "pos",
     }
     # with labels, by name; too strict a budget for so few rows is said
-    options = ["--labels-column", "label", "--epochs", "1", "--max-disagreement", "0"]
+    options = ["--labels-column", "label", "--epochs", "1", "--max-disagreement", "0.01"]
     code, printed, err = run(capsys, "convert", classifier, "--texts", data, "--output-dir", tmp_path / "b2", *options)
     assert code == 0, err
-    assert "No threshold keeps disagreement within 0.00%" in " ".join(printed.split())
-    assert "Note: 120 texts cannot show a disagreement of at most 0.00%, for which inf are needed" in err
+    assert "No threshold keeps disagreement within 1.00%" in " ".join(printed.split())
+    assert "Note: 120 texts cannot show a disagreement of at most 1.00%, for which 1,340 are needed" in err
 
 
 def test_bad_conversions_are_named_and_nothing_is_written(encoder, classifier, data, tmp_path, capsys):

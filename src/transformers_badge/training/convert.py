@@ -153,9 +153,10 @@ def _check_settings(settings: dict[str, Any], count: int, labels: Sequence[int] 
     for name in ("batch_size", "epochs", "learning_rate", "temperature"):
         if not settings[name] > 0:
             raise ValueError(f"{name} must be above 0, got {settings[name]}.")
-    if not 0 <= settings["max_disagreement"] < 1:
+    if not 0 < settings["max_disagreement"] < 1:
         raise ValueError(
-            f"max_disagreement must be a share in [0, 1), such as 0.01, got {settings['max_disagreement']}."
+            "max_disagreement must be a share above 0 (which no number of texts can show) and below 1, such as 0.01, "
+            f"got {settings['max_disagreement']}."
         )
     taught = count - sum(_kept_rows(count))
     if taught < batch_size:
@@ -182,11 +183,10 @@ def _kept_rows(count: int) -> list[int]:
 
 
 def texts_needed(max_disagreement: float) -> float:
-    """With fewer texts than this, no threshold can be shown to keep to a budget; infinity for a budget of 0."""
+    """With fewer texts than this, no threshold can be shown to keep to a budget."""
     from transformers_badge.calibration.selection import rows_needed
 
-    needed = rows_needed(max_disagreement)
-    return needed if np.isinf(needed) else float(np.ceil(needed / CHOOSING[0]))
+    return rows_needed(max_disagreement) / CHOOSING[0]
 
 
 def _digest(columns: list[list[str]], labels: Sequence[int] | None) -> str:
