@@ -24,12 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 from transformers.utils import logging
 
 from plain_classifier import fine_tune_plainly
@@ -39,8 +34,8 @@ from transformers_badge.calibration.selection import agreement, choose_threshold
 from transformers_badge.demo.sources import encoder_path, read_reviews
 from transformers_badge.evaluation.timing import describe_machine
 from transformers_badge.model.encoders_badge import BertAdapter
-from transformers_badge.training.fine_tune import make_trainer, parameter_groups, tokenize
-from transformers_badge.training.recipes import CONVERSION, ExitTrainer, applied
+from transformers_badge.training.fine_tune import make_trainer, tokenize
+from transformers_badge.training.recipes import CONVERSION, applied
 
 
 SEEDS = (0, 1, 2)
@@ -163,26 +158,15 @@ def frozen(data: str, seed: int, variant: dict[str, Any]) -> dict[str, Any]:
     model.adapter = stored
     texts = ROWS[data]["texts"]
     with tempfile.TemporaryDirectory() as scratch, applied(CONVERSION, model):
-        settings = TrainingArguments(
-            output_dir=scratch,
-            num_train_epochs=3,
-            warmup_steps=0.1,
-            learning_rate=1e-3,
-            per_device_train_batch_size=32,
-            per_device_eval_batch_size=64,
-            save_strategy="no",
-            report_to=[],
-            seed=seed,
-            remove_unused_columns=False,
-            disable_tqdm=True,
-        )
-        trainer = ExitTrainer(
-            model=model,
-            args=settings,
-            train_dataset=range(texts),
-            data_collator=stored.collate,
-            optimizer_cls_and_kwargs=(torch.optim.AdamW, {"params": parameter_groups(model)}),
+        trainer = make_trainer(
+            model,
+            None,
+            range(texts),
+            None,
+            Path(scratch),
             stage=CONVERSION,
+            collator=stored.collate,
+            seed=seed,
         )
         trainer.train()
         exit_logits = trainer.predict(range(texts, texts + ROWS[data]["test"])).predictions[1].astype(np.float64)

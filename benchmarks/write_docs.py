@@ -12,6 +12,7 @@ Example: python benchmarks/write_docs.py (`make docs`). To renew the records fir
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,13 @@ def convert_section(record: dict[str, Any]) -> list[str]:
     return lines
 
 
+READINGS = {
+    "block_input": "tokens of the block's input",
+    "block_output": "tokens of the block's output",
+    "pooled": "the exit's pooled row",
+}
+
+
 def bypass_runs(recipe: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The record of a recipe, and one entry per variant and data set with the values of its seeds."""
     record = load(f"bypass_{recipe}")
@@ -230,13 +238,29 @@ def spread(values: list[float], digits: int = 1) -> str:
     return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"
 
 
+def bypass_table(
+    entries: list[dict[str, Any]], names: list[str], columns: dict[str, Callable[[dict[str, Any]], str]]
+) -> list[str]:
+    """A row per variant, and for every data set these columns."""
+    lines = [
+        "| pooling | the bypass reads | width | "
+        + " | ".join(f"{data}: {' | '.join(columns)}" for data in names)
+        + " |",
+        "|---|---|---|" + "---|" * len(columns) * len(names),
+    ]
+    by_variant: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for entry in entries:
+        by_variant.setdefault((entry["pooling"], entry["bypass_reads"], entry["bypass_size"]), {})[entry["data"]] = (
+            entry
+        )
+    for (pooling, reads, size), sets in by_variant.items():
+        values = " | ".join(value(sets[data]) for data in names for value in columns.values())
+        lines.append(f"| {pooling} | {READINGS[reads] if size else 'none'} | {size} | {values} |")
+    return lines
+
+
 def write_bypass() -> None:
     """docs/bypass.md and its picture."""
-    titles = {
-        "block_input": "tokens of the block's input",
-        "block_output": "tokens of the block's output",
-        "pooled": "the exit's pooled row",
-    }
     joint, frozen = bypass_runs("joint"), bypass_runs("frozen")
     rows = joint[0]["rows"]
     lines = [
@@ -259,53 +283,35 @@ def write_bypass() -> None:
         f"{' and '.join(str(n['test'] // 2) for n in rows.values())} rows are few for that: among 350 not one answer may change, so that a single answer that an exit is sure of and "
         "the last is not decides.",
         "",
-        "| pooling | the bypass reads | width | "
-        + " | ".join(f"{data}: inner exits, % right | % as the last exit | layer speedup | % changed" for data in rows)
-        + " |",
-        "|---|---|---|" + "---|---|---|---|" * len(rows),
-    ]
-
-    def variants(entries: list[dict[str, Any]]) -> list[tuple[str, str, int]]:
-        return list(dict.fromkeys((e["pooling"], e["bypass_reads"], e["bypass_size"]) for e in entries))
-
-    def cell(entries: list[dict[str, Any]], variant: tuple[str, str, int], data: str) -> dict[str, Any]:
-        return next(
-            e for e in entries if (e["pooling"], e["bypass_reads"], e["bypass_size"]) == variant and e["data"] == data
-        )
-
-    for variant in variants(frozen[1]):
-        pooling, reads, size = variant
-        cells = [cell(frozen[1], variant, data) for data in rows]
-        values = " | ".join(
-            f"{spread(c['inner'])} | {spread(c['agreement'])} | {spread(c['speedup'], 2)}x | {spread(c['changed'])}"
-            for c in cells
-        )
-        lines.append(f"| {pooling} | {titles[reads] if size else 'none'} | {size} | {values} |")
-    lines += [
+        *bypass_table(
+            frozen[1],
+            list(rows),
+            {
+                "inner exits, % right": lambda entry: spread(entry["inner"]),
+                "% as the last exit": lambda entry: spread(entry["agreement"]),
+                "layer speedup": lambda entry: f"{spread(entry['speedup'], 2)}x",
+                "% changed": lambda entry: spread(entry["changed"]),
+            },
+        ),
         "",
         f"## Joint training ({machine(joint[0])})",
         "",
-        "| pooling | the bypass reads | width | "
-        + " | ".join(f"{data}: inner exits, % right | last exit" for data in rows)
-        + " |",
-        "|---|---|---|" + "---|---|" * len(rows),
-    ]
-    for variant in variants(joint[1]):
-        pooling, reads, size = variant
-        cells = [cell(joint[1], variant, data) for data in rows]
-        values = " | ".join(f"{spread(c['inner'])} | {spread(c['last'])}" for c in cells)
-        lines.append(f"| {pooling} | {titles[reads] if size else 'none'} | {size} | {values} |")
-    lines += [
+        *bypass_table(
+            joint[1],
+            list(rows),
+            {
+                "inner exits, % right": lambda entry: spread(entry["inner"]),
+                "last exit": lambda entry: spread(entry["last"]),
+            },
+        ),
         "",
         "What follows from it, and what became the default: [How the model works](model.md#why-the-bypass-is-what-it-is).",
     ]
     (ROOT / "docs" / "bypass.md").write_text("\n".join(lines) + "\n")
-    plot_bypass(joint[1], frozen[1], list(rows), titles, ROOT / "docs" / "images" / "bypass.png")
+    plot_bypass(joint[1], frozen[1], list(rows), ROOT / "docs" / "images" / "bypass.png")
 
 
-def plot_bypass(
-    joint: list[dict[str, Any]], frozen: list[dict[str, Any]], names: list[str], titles: dict[str, str], path: Path
-) -> None:
+def plot_bypass(joint: list[dict[str, Any]], frozen: list[dict[str, Any]], names: list[str], path: Path) -> None:
     """Accuracy of the inner exits against the width of the bypass, one panel per recipe and data set."""
     figure = Figure(figsize=(9.0, 6.2), dpi=150, layout="constrained")
     panels = figure.subplots(2, len(names), sharex=True)
@@ -321,9 +327,9 @@ def plot_bypass(
                         axes.errorbar(
                             [(0, 32, 64, 128).index(e["bypass_size"]) + 0.06 * (shift - 1) for e in line],
                             [np.mean(e["inner"]) for e in line],
-                            [np.std(e["inner"], ddof=1) if len(e["inner"]) > 1 else 0 for e in line],
+                            [np.std(e["inner"], ddof=1) for e in line],
                             fmt=style, color=color, ms=4, lw=1.4, capsize=2,
-                            label=f"{titles[reads]}, {pooling} pooling",
+                            label=f"{READINGS[reads]}, {pooling} pooling",
                         )  # fmt: skip
             axes.set_title(f"{recipe}: {data}", fontsize=10)
             axes.set_xticks(range(4), ["none", "32", "64", "128"])
