@@ -1,15 +1,14 @@
-"""Configuration of a BADGE model, the exit policy included: plain, typed data that validates itself."""
+"""Configuration of a BADGE model: plain, typed data that validates itself."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import fields
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
-from .criteria_badge import CRITERIA, DIVERGENCES
 from .encoders_badge import get_adapter
+from .policy_badge import ExitPolicy, check_keys
 
 
 # What a config file may hold besides the fields of BadgeConfig: keys that transformers and its Trainer read or write.
@@ -27,123 +26,6 @@ _PIPELINES = {
         "type": "text",
     }
 }
-
-
-def _check_keys(name: str, given: Any, known: Any) -> None:
-    unknown = sorted(set(given) - set(known))
-    if unknown:
-        raise ValueError(f"{name} does not know {', '.join(map(repr, unknown))}; it takes {', '.join(sorted(known))}.")
-
-
-def _is_number(value: Any) -> bool:
-    return not isinstance(value, bool) and hasattr(value, "__float__") and getattr(value, "ndim", 0) == 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExitPolicy:
-    """When a row leaves: a criterion, its dials and its thresholds. Plain data; `criteria_badge` gives it meaning.
-
-    Args:
-        criterion: `"dge"`, `"entropy"` or `"patience"`.
-        threshold: leave at an exit whose score is at most this. One number >= 0 for all exits, or one per exit, where
-            `None` closes an exit (the last exit always answers, whatever stands for it). `None`: never leave early.
-        window: dge only: how many exits, this one included, have to agree.
-        confidence_weight: dge only: weight of the mean entropy over the window. 0 is divergence alone.
-        divergence: dge only: `"jensen_shannon"`, or `"kl"`, `"reverse_kl"`, `"symmetric_kl"` between neighbours.
-        patience: how many exits in a row have to be ready (dge, entropy), or to confirm the prediction (patience).
-
-    Raises:
-        ValueError: a value outside what is written above; the message names the field.
-    """
-
-    criterion: str = "dge"
-    threshold: float | tuple[float | None, ...] | None = None
-    window: int = 2
-    confidence_weight: float = 1.0
-    divergence: str = "jensen_shannon"
-    patience: int = 1
-
-    def __post_init__(self) -> None:
-        for name, known in (("criterion", CRITERIA), ("divergence", DIVERGENCES)):
-            if getattr(self, name) not in list(known):
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {getattr(self, name)!r}.")
-        for name in ("window", "patience"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of exits, at least 1, got {value!r}.")
-        weight = self.confidence_weight
-        if not (_is_number(weight) and math.isfinite(weight) and weight >= 0):
-            raise ValueError(f"confidence_weight must be a finite number >= 0, got {weight!r}.")
-        if self.criterion == "dge" and self.window == 1 and weight == 0:
-            raise ValueError(
-                "window=1 with confidence_weight=0 leaves nothing to score: give a window of at least 2, "
-                "or a confidence_weight above 0."
-            )
-        # A frozen dataclass can be normalised only this way; JSON brings lists and numpy its own scalars.
-        object.__setattr__(self, "confidence_weight", float(weight))
-        object.__setattr__(self, "threshold", self._normalised_threshold())
-
-    def _normalised_threshold(self) -> float | tuple[float | None, ...] | None:
-        value: Any = self.threshold
-        if value is None:
-            return None
-        if _is_number(value):
-            return self._checked_threshold(value)
-        if isinstance(value, str) or not hasattr(value, "__iter__"):
-            raise ValueError(f"threshold must be a number, a list with one per exit, or None, got {value!r}.")
-        return tuple(None if item is None else self._checked_threshold(item) for item in value)
-
-    @staticmethod
-    def _checked_threshold(value: Any) -> float:
-        if not _is_number(value) or math.isnan(value) or value < 0:
-            raise ValueError(
-                f"threshold must be a number >= 0 (scores are never negative), got {value!r}; use None to never leave."
-            )
-        return float(value)
-
-    @classmethod
-    def of(cls, value: "ExitPolicy | Mapping[str, Any] | None", **overrides: Any) -> "ExitPolicy":
-        """A policy from a policy, a dict or nothing (the default), with some fields overridden.
-
-        Raises:
-            ValueError: an unknown field, a bad value, or another criterion with the thresholds of the first.
-        """
-        # Not isinstance: code loaded from a checkpoint can hold a second copy of this class.
-        data = dict(value) if isinstance(value, Mapping) else {} if value is None else getattr(value, "__dict__", None)
-        if data is None:
-            raise ValueError(f"An exit policy must be an ExitPolicy or a dict, got {value!r}.")
-        names = [field.name for field in fields(cls)]
-        _check_keys("An exit policy", {**data, **overrides}, names)
-        policy = cls(**{**data, **overrides})
-        stored = data.get("criterion", cls.criterion)
-        if policy.criterion != stored and policy.threshold is not None and "threshold" not in overrides:
-            raise ValueError(
-                f"The policy's threshold was chosen for criterion={stored!r}: "
-                f"pass a threshold together with criterion={policy.criterion!r}."
-            )
-        return policy
-
-    def thresholds(self, num_exits: int) -> list[float | None]:
-        """One threshold per exit; `None` where nobody leaves.
-
-        Raises:
-            ValueError: the policy holds a list of another length.
-        """
-        if not isinstance(self.threshold, tuple):
-            return [self.threshold] * num_exits
-        if len(self.threshold) != num_exits:
-            raise ValueError(
-                f"threshold lists {len(self.threshold)} numbers, but the model has {num_exits} exits: give one per "
-                "exit (the last is never used), or a single number."
-            )
-        return list(self.threshold)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The policy as JSON can hold it."""
-        data = asdict(self)
-        if isinstance(self.threshold, tuple):
-            data["threshold"] = list(self.threshold)
-        return data
 
 
 @strict
@@ -199,7 +81,7 @@ class BadgeConfig(PreTrainedConfig):
     exit_policy: Any = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        _check_keys("BadgeConfig", set(kwargs) - _TRANSFORMERS_KEYS, {f.name for f in fields(self)} | {"num_labels"})
+        check_keys("BadgeConfig", set(kwargs) - _TRANSFORMERS_KEYS, {f.name for f in fields(self)} | {"num_labels"})
         encoder = {"model_type": "bert"} if self.encoder_config is None else self.encoder_config
         if isinstance(encoder, dict):
             encoder = dict(encoder)

@@ -14,7 +14,7 @@ from .criteria_badge import exit_scores, is_ready
 
 
 if TYPE_CHECKING:
-    from .configuration_badge import ExitPolicy
+    from .policy_badge import ExitPolicy
 
 State = TypeVar("State")
 Array = np.ndarray[Any, np.dtype[Any]]

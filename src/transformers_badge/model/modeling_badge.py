@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 
-from .configuration_badge import BadgeConfig, ExitPolicy
+from .configuration_badge import BadgeConfig
 from .early_exit_badge import predict_with_policy, run_blocks
 from .encoders_badge import get_adapter
 from .inputs_badge import check_inputs, check_labels
 from .loss_badge import exit_losses, infer_problem_type, weighted_loss
 from .modules_badge import BadgeBypass, BadgeExit, ZeroInitLinear, scale_gradient
 from .outputs_badge import BadgeClassifierOutput, BlockState, EarlyExitOutput
+from .policy_badge import ExitPolicy
 from .sources_badge import load_classifier, load_encoder, new_classifier, source_config
 
 
@@ -272,8 +273,7 @@ class BadgeForSequenceClassification(BadgePreTrainedModel):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds: as in `forward`.
             policy: an `ExitPolicy` or a dict. Default: the checkpoint's, `config.exit_policy`.
             output_exit_logits: also return the logits that were seen on the way.
-            **overrides: fields of the policy for this call: `criterion`, `threshold`, `window`, `confidence_weight`,
-                `divergence`, `patience`.
+            **overrides: fields of the policy for this call, such as `criterion`, `threshold`, `patience`.
 
         Returns:
             `EarlyExitOutput`: logits (rows, labels), exit_layer (rows,), and exit_logits (rows, exits, labels) if

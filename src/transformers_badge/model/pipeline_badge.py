@@ -1,11 +1,14 @@
 """Text classification that leaves early and says at which layer."""
 
+from dataclasses import fields
 from typing import Any
 
 from transformers import TextClassificationPipeline
 
+from .policy_badge import ExitPolicy
 
-_POLICY_FIELDS = ("criterion", "threshold", "window", "confidence_weight", "divergence", "patience", "policy")
+
+_POLICY_FIELDS = ("policy", *(field.name for field in fields(ExitPolicy)))
 
 
 class BadgeTextClassificationPipeline(TextClassificationPipeline):  # type: ignore[misc]

@@ -1,0 +1,59 @@
+"""The learned criterion: at every exit a small logistic model of the exits so far.
+
+It predicts how little the last exit would think of this exit's answer, so that its score means the same at every exit.
+The weights are plain numbers in the exit policy; they are fitted by the package (`calibration.fitting`), which a
+checkpoint does not need.
+"""
+
+from typing import Any
+
+import numpy as np
+
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+# What is read of the exits so far; log-odds are of the class that this exit predicts.
+FEATURES = (
+    "log-odds at this exit",
+    "square root of the log-odds at this exit",
+    "log-odds at the exit before",
+    "mean log-odds at the earlier exits",
+    "share of the earlier exits that predict the same class",
+    "Jensen-Shannon divergence from the exit before",
+)
+# Log-odds beyond 20 are all the same certainty, and a rule must not extrapolate to them.
+_LEAST = 1 / (1 + np.exp(20.0))
+_TINY = 1e-30
+
+
+def rule_features(probabilities: Array) -> Array:
+    """The features of a rule at the last of the exits given: (..., exits so far, classes) to (..., features).
+
+    At the first exit the features of earlier exits are 0. Where a probability of any exit is NaN, features are NaN.
+    """
+    predicted = probabilities.argmax(axis=-1)
+    own = np.take_along_axis(probabilities, predicted[..., -1:, None], axis=-1)[..., 0]  # of the class predicted here
+    own = np.clip(own, _LEAST, 1 - _LEAST)  # NaN stays NaN
+    odds = np.log(own / (1 - own))
+    features = np.zeros((*odds.shape[:-1], len(FEATURES)))
+    features[..., 0] = odds[..., -1]
+    features[..., 1] = np.sqrt(np.maximum(odds[..., -1], 0))
+    if odds.shape[-1] > 1:
+        pair = probabilities[..., -2:, :]
+        features[..., 2] = odds[..., -2]
+        features[..., 3] = odds[..., :-1].mean(axis=-1)
+        features[..., 4] = (predicted[..., :-1] == predicted[..., -1:]).mean(axis=-1)
+        features[..., 5] = _entropy(pair.mean(axis=-2)) - _entropy(pair).mean(axis=-1)
+    return features
+
+
+def rule_scores(features: Array, weights: Array) -> Array:
+    """A score in (0, 1), the predicted regret: (..., features) and weights (features + 1,) to (...)."""
+    # Clipped, so that no score is 0 or 1 by rounding; NaN stays NaN.
+    # Not a matrix product, whose last bits depend on the number of rows.
+    logit = np.clip((features * weights[:-1]).sum(axis=-1) + weights[-1], -30, 30)
+    return np.asarray(1 / (1 + np.exp(-logit)))
+
+
+def _entropy(probabilities: Array) -> Array:
+    return np.asarray(-(probabilities * np.log(np.maximum(probabilities, _TINY))).sum(axis=-1))
