@@ -1,0 +1,99 @@
+"""Making an exit table: a model is run once, at full depth, over a data set."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from transformers_badge.exit_table import ExitTable, digest_rows
+from transformers_badge.model.loss_badge import infer_problem_type
+
+
+@torch.no_grad()
+def make_exit_table(
+    model: Any,
+    tokenizer: Any,
+    columns: Sequence[Sequence[str]],
+    labels: Any | None = None,
+    *,
+    max_tokens: int | None = None,
+    batch_size: int = 64,
+    on_batch: Callable[[int], Any] = lambda rows: None,
+) -> ExitTable:
+    """Run every block and every exit over texts.
+
+    Args:
+        model: a `BadgeForSequenceClassification`.
+        tokenizer: the tokenizer of its encoder.
+        columns: one list of texts, or two for pairs.
+        labels: (rows,) class indices, or (rows, labels) of 0 and 1. Default: none.
+        max_tokens: longer texts are cut. Default: what encoder and tokenizer take.
+        batch_size: rows per batch; texts of similar length share one.
+        on_batch: called with the number of rows that were run, after each batch.
+
+    Returns:
+        The table, in the order of the texts; costs are depths.
+
+    Raises:
+        ValueError: no rows, a regression model, or labels that do not fit.
+    """
+    rows = len(columns[0])
+    if rows == 0:
+        raise ValueError("There are no texts: give at least one.")
+    problem_type = infer_problem_type(model.config.problem_type, model.num_labels, None)
+    limit = min(model.adapter.max_tokens(model.config.encoder_config), tokenizer.model_max_length)
+    limit = limit if max_tokens is None else min(limit, max_tokens)
+    encoded = tokenizer(*[list(column) for column in columns], truncation=True, max_length=limit)
+    lengths = np.array([len(ids) for ids in encoded["input_ids"]])
+    exits, order = len(model.exit_layers), np.argsort(lengths, kind="stable")
+    dtype = np.float64 if model.dtype == torch.float64 else np.float32  # half precision fits float32 exactly
+    exit_logits = np.empty((rows, exits, model.num_labels), dtype=dtype)
+    was_training = model.training
+    model.eval()
+    try:
+        for start in range(0, rows, batch_size):
+            chosen = order[start : start + batch_size]
+            batch = {name: [values[row] for row in chosen] for name, values in encoded.items()}
+            inputs = tokenizer.pad(batch, return_tensors="pt").to(model.device)
+            exit_logits[chosen] = model.to_host(model(**inputs).exit_logits)
+            on_batch(len(chosen))
+    finally:
+        model.train(was_training)
+    return ExitTable(
+        exit_logits=exit_logits,
+        exit_layers=tuple(model.exit_layers),
+        problem_type=problem_type,
+        labels=None if labels is None else np.asarray(labels, dtype=np.int64),
+        lengths=lengths.astype(np.int32),
+        row_digests=digest_rows(columns),
+        label_names=tuple(model.config.id2label[index] for index in range(model.num_labels)),
+        model=digest_model(model),
+    )
+
+
+def digest_model(model: Any) -> str:
+    """A digest of a model's weights, to tell whether an exit table is its own; the exit policy has no part in it."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check_table_of_model(table: ExitTable, model: Any) -> None:
+    """See that a table was made with this model.
+
+    Raises:
+        ValueError: other weights, exits or labels; the message says which.
+    """
+    names = tuple(model.config.id2label[index] for index in range(model.num_labels))
+    mine = {"exit layers": tuple(model.exit_layers), "labels": names, "weights": digest_model(model)}
+    theirs = {"exit layers": table.exit_layers, "labels": table.label_names, "weights": table.model or mine["weights"]}
+    for what, value in mine.items():
+        if theirs[what] != value:
+            raise ValueError(
+                f"The exit table is of another model: its {what} are {theirs[what]}, this one's {value}. Make it anew "
+                "with transformers-badge evaluate."
+            )
