@@ -5,9 +5,8 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline, set_seed
 
-from transformers_badge import BadgeForSequenceClassification
+from transformers_badge import BadgeForSequenceClassification, ExitTable, calibrate, make_exit_table
 from transformers_badge.calibration.replay import replay
-from transformers_badge.calibration.selection import choose_threshold
 from transformers_badge.inference.predict import predict_texts
 from transformers_badge.training.fine_tune import make_trainer, tokenize
 
@@ -31,9 +30,8 @@ def trained(minilm, reviews, tmp_path_factory):
     trainer.train()
     prediction = trainer.predict(held_out)
     model.eval()
-    model.config.exit_policy = choose_threshold(
-        prediction.predictions[1], prediction.label_ids, model.exit_layers, model.config.exit_policy, 0.03
-    )
+    table = make_exit_table(model, tokenizer, [texts[HELD_OUT]], labels[HELD_OUT], max_tokens=64)
+    model.config.exit_policy = calibrate(table, max_risk=0.03)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     return model, folder / "model", trainer.state.log_history, prediction
@@ -60,7 +58,8 @@ def test_a_loaded_checkpoint_answers_as_the_trained_model(trained, reviews):
         exit_logits = loaded(**batch).exit_logits
         assert torch.equal(exit_logits, model(**batch).exit_logits)
     assert model.config.exit_policy.threshold is not None
-    taken = replay(exit_logits.double().numpy(), model.config.exit_policy, "single_label_classification")
+    table = ExitTable(exit_logits=exit_logits.numpy(), exit_layers=tuple(model.exit_layers))
+    taken = replay(table, model.config.exit_policy)
     assert len(set(taken)) > 1
     assert loaded.early_exit_predict(**batch).exit_layer.tolist() == (taken + 1).tolist()
 

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 
-# Rows of the shuffled movie reviews: training, then choosing the threshold, then test.
+# Rows of the shuffled movie reviews: training, then certifying the threshold, then test.
 SPLITS = {"default": (6000, 2800, 1768), "full": (6800, 2000, 1768)}
 EPOCHS = {"default": 1, "full": 3}
 BATCH_SIZE, LEARNING_RATE, MAX_TOKENS = 16, 1e-4, 128
+RULE_ROWS = 2000  # of the training rows, that teach the learned criterion when to leave
 TIMED_ROWS = {32: 1024, 1: 100}  # of the test rows, by batch size
 
 EXAMPLES = [
@@ -56,6 +57,7 @@ def run_demo(output_dir: Path, full: bool = False, max_accuracy_drop: float = 0.
     from transformers_badge.demo.sources import encoder_path, read_reviews
     from transformers_badge.evaluation.plots import plot_tradeoff
     from transformers_badge.evaluation.timing import describe_machine
+    from transformers_badge.hub.checkpoint import save_checkpoint
     from transformers_badge.training.fine_tune import check_output_directory
 
     console, started = Console(), time.perf_counter()
@@ -68,17 +70,20 @@ def run_demo(output_dir: Path, full: bool = False, max_accuracy_drop: float = 0.
     console.print(f"{len(train)} rows to train on, {len(calibration)} to choose a threshold, {len(test)} to test.")
 
     console.rule("2. Fine-tuning")
-    model, tokenizer, rows, trainer = _fine_tune(encoder, texts, labels, train, output_dir, EPOCHS[mode], seed)
+    model, tokenizer = _fine_tune(encoder, texts, labels, train, output_dir, EPOCHS[mode], seed)
 
     console.rule("3. Choosing the threshold, and testing")
-    report = _evaluate(model, trainer, rows, calibration, test, max_accuracy_drop)
+    learn_from, certify, on_test = (
+        _exit_table(name, model, tokenizer, texts, labels, rows)
+        for name, rows in (("to learn from", train[:RULE_ROWS]), ("to certify", calibration), ("to test", test))
+    )
+    report = _evaluate(model, learn_from, certify, on_test, max_accuracy_drop)
     tested = [texts[i] for i in test]
     report["early_exit"] = _leave_early(model, tokenizer, tested, labels[test].tolist())
     report["max_accuracy_drop"] = max_accuracy_drop
     report["rows"] = {"train": len(train), "calibration": len(calibration), "test": len(test)}
     checkpoint = output_dir / "checkpoint"
-    model.save_pretrained(checkpoint)
-    tokenizer.save_pretrained(checkpoint)
+    save_checkpoint(checkpoint, model, tokenizer, [[texts[row] for row in train]])
     report["checkpoint"] = str(checkpoint)
 
     console.rule("4. Timing it")
@@ -99,7 +104,7 @@ def run_demo(output_dir: Path, full: bool = False, max_accuracy_drop: float = 0.
 
 def _fine_tune(
     encoder: Path, texts: list[str], labels: Any, train: Any, output_dir: Path, epochs: int, seed: int
-) -> tuple[Any, Any, Any, Any]:
+) -> tuple[Any, Any]:
     from transformers import AutoTokenizer, set_seed
     from transformers.utils import logging
 
@@ -114,7 +119,7 @@ def _fine_tune(
     logging.set_verbosity_warning()
     tokenizer = AutoTokenizer.from_pretrained(encoder)
     rows = tokenize(tokenizer, [texts], labels.tolist(), max_tokens=MAX_TOKENS)
-    trainer = fit(
+    fit(
         model,
         tokenizer,
         rows.select(train),
@@ -125,42 +130,37 @@ def _fine_tune(
         batch_size=BATCH_SIZE,
         seed=seed,
     )
-    return model.eval(), tokenizer, rows, trainer
+    return model.eval(), tokenizer
 
 
-def _evaluate(
-    model: Any, trainer: Any, rows: Any, calibration: Any, test: Any, max_accuracy_drop: float
-) -> dict[str, Any]:
-    """Choose the threshold on the calibration rows; what every exit and every threshold does on the test rows.
+def _exit_table(name: str, model: Any, tokenizer: Any, texts: list[str], labels: Any, rows: Any) -> Any:
+    from tqdm.auto import tqdm
 
-    All of it comes from every exit's logits, by replay; `_leave_early` then runs the chosen threshold for real.
+    from transformers_badge.inference.exit_logits import make_exit_table
+
+    with tqdm(total=len(rows), desc=f"every exit's answers, {name}", unit="row") as bar:
+        chosen = [texts[row] for row in rows]
+        return make_exit_table(model, tokenizer, [chosen], labels[rows], max_tokens=MAX_TOKENS, on_batch=bar.update)
+
+
+def _evaluate(model: Any, learn_from: Any, certify: Any, tested: Any, max_accuracy_drop: float) -> dict[str, Any]:
+    """Certify a policy on the calibration rows; what every exit and every threshold does on the test rows.
+
+    All of it comes from exit tables, by replay; `_leave_early` then runs the policy for real.
     """
-    from transformers_badge.calibration.replay import score_exits, take_exits
-    from transformers_badge.calibration.selection import choose_threshold
-    from transformers_badge.training.metrics import exit_accuracy
+    from transformers_badge.calibration.calibrate import calibrate
+    from transformers_badge.calibration.replay import correctness
+    from transformers_badge.evaluation.curves import tradeoff_curve
 
-    # Trainer groups rows by length here too: logits and labels belong together in the order that it returns.
-    held_out, tested = (trainer.predict(rows.select(part)) for part in (calibration, test))
-    policy = choose_threshold(
-        held_out.predictions[1], held_out.label_ids, model.exit_layers, model.config.exit_policy, max_accuracy_drop
-    )
+    policy = calibrate(certify, risk="error_increase", max_risk=max_accuracy_drop, learn_from=learn_from)
     model.config.exit_policy = policy
-    logits, labels = tested.predictions[1], tested.label_ids
-
-    layers, right = np.array(model.exit_layers), logits.argmax(-1) == labels[:, None]
-    scores = score_exits(logits, policy, "single_label_classification")
-
-    curve = []
-    for threshold in np.unique(np.quantile(scores[np.isfinite(scores)], np.linspace(0, 1, 60))).tolist():
-        taken = take_exits(scores, [threshold] * len(layers))
-        accuracy, speedup = right[np.arange(len(taken)), taken].mean(), layers[-1] / layers[taken].mean()
-        curve.append({"threshold": threshold, "accuracy": float(accuracy), "layer_speedup": float(speedup)})
+    accuracy = correctness(tested).mean(axis=0)
     return {
-        "exit_layers": layers.tolist(),
-        "exit_accuracy": exit_accuracy(logits, labels).tolist(),
-        "full_depth": {"accuracy": float(right[:, -1].mean())},
+        "exit_layers": list(tested.exit_layers),
+        "exit_accuracy": accuracy.tolist(),
+        "full_depth": {"accuracy": float(accuracy[-1])},
         "policy": policy.to_dict(),
-        "curve": curve,
+        "curve": tradeoff_curve(tested, policy),
     }
 
 
@@ -268,5 +268,5 @@ def _print_report(console: Any, report: dict[str, Any], output_dir: Path) -> Non
     for entry in report["examples"]:
         table.add_row(entry["text"], entry["label"], f"{entry['score']:.2f}", str(entry["exit_layer"]))
     console.print(table)
-    console.print(f"Policy: {report['policy']}")
+    console.print(f"Criterion {report['policy']['criterion']}. {report['policy']['certificate']['summary']}")
     console.print(f"{report['minutes']} minutes. Wrote checkpoint/, report.json and tradeoff.png to {output_dir}.")

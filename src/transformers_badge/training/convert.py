@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 
-# Of the texts, these shares are kept from training, up to so many: to choose the threshold, and to report what it does.
+# Of the texts, these shares are kept from training, up to so many: to certify the threshold, and to report on it.
 CHOOSING, REPORTING = (0.2, 10_000), (0.1, 5_000)
+RULE_ROWS = 5_000  # of the texts that were trained on, so many at most teach the rule of the learned criterion
 TIMED_ROWS, TIMED_BATCH, TIMED_ROUNDS = 256, 32, 5
 
 
@@ -23,7 +24,7 @@ def convert_classifier(
     *,
     labels: Sequence[int] | None = None,
     max_disagreement: float = 0.01,
-    criterion: str = "entropy",
+    criterion: str = "learned",
     epochs: float = 3,
     learning_rate: float = 1e-3,
     temperature: float = 1.0,
@@ -35,16 +36,16 @@ def convert_classifier(
     """Make an early-exit model of a fine-tuned classifier, on plain texts, and save it.
 
     Encoder and head stay as they are; the other exits learn to answer as the last does (and the labels, if there are
-    any). The threshold is then chosen on texts that were kept from training. What is unfinished lies beside the output,
-    in a folder named `<output_dir>.unfinished`; called again in the same way, it goes on from there.
+    any). The threshold is then certified on texts that were kept from training (`calibrate`). What is unfinished lies
+    beside the output, in a folder named `<output_dir>.unfinished`; called again in the same way, it goes on from there.
 
     Args:
         source: a `...ForSequenceClassification` of a supported family, with its tokenizer: a folder or a hub name.
         texts: texts of the kind that the classifier will see, or pairs of texts.
         output_dir: where the checkpoint goes, with `conversion.json`, the report. Must not exist yet, or be empty.
         labels: class index of every text. Default: none.
-        max_disagreement: how many answers may differ from full depth, as a share.
-        criterion: of the exit policy.
+        max_disagreement: how many answers may differ from full depth, as a share; held with 95 % confidence.
+        criterion: of the exit policy, by name.
         epochs: passes over the texts.
         learning_rate: peak rate of bypasses and exits.
         temperature: of the answers that the exits learn.
@@ -65,8 +66,8 @@ def convert_classifier(
     """
     from transformers import AutoTokenizer, default_data_collator, set_seed
 
-    from transformers_badge.calibration.selection import choose_threshold_by_agreement
-    from transformers_badge.model.configuration_badge import ExitPolicy
+    from transformers_badge.calibration.calibrate import calibrate
+    from transformers_badge.inference.exit_logits import make_exit_table
     from transformers_badge.model.loss_badge import infer_problem_type
     from transformers_badge.model.modeling_badge import BadgeForSequenceClassification
     from transformers_badge.model.sources_badge import LOADING_ARGUMENTS
@@ -81,7 +82,6 @@ def convert_classifier(
         "temperature": temperature, "batch_size": batch_size, "max_tokens": max_tokens, "seed": seed,
     }  # fmt: skip
     _check_settings(settings, len(texts), labels)
-    policy = ExitPolicy.of({"criterion": criterion})
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise OSError(f"{output} exists and is not an empty folder: choose another one, or remove it first.")
 
@@ -114,24 +114,25 @@ def convert_classifier(
                 _train(trainer_of(kept, collator=default_data_collator), work)
         else:
             _train(through_the_encoder, work)
-        unlabelled = rows.remove_columns("labels") if labels is not None else rows
-        choosing, reporting = (
-            through_the_encoder.predict(unlabelled.select(part)).predictions[1].astype(np.float64)
-            for part in (chosen, reported)
-        )
     model.eval()
-    model.config.exit_policy = choose_threshold_by_agreement(
-        choosing, model.exit_layers, policy, max_disagreement, problem_type
-    )
+
+    def pick(part: Any) -> list[list[str]]:
+        return [[column[row] for row in part] for column in columns]
+
+    def table_of(part: Any) -> Any:
+        return make_exit_table(model, tokenizer, pick(part), max_tokens=limit)
+
+    learn_from = table_of(taught[:RULE_ROWS]) if criterion == "learned" else None
+    model.config.exit_policy = calibrate(table_of(chosen), criterion, max_risk=max_disagreement, learn_from=learn_from)
     report = {
         "source": Path(source).name,
         "rows": {"taught": len(taught), "chosen": len(chosen), "reported": len(reported)},
-        **_replayed(reporting, model, problem_type),
+        **_replayed(table_of(reported), model),
         "wall_clock_speedup": _timed(source, loading, model, tokenizer, rows.select(reported[:TIMED_ROWS])),
         "max_disagreement": max_disagreement,
         "policy": model.config.exit_policy.to_dict(),
     }
-    _save(model, tokenizer, report, work, output)
+    _save(model, tokenizer, pick(taught), report, work, output)
     return report
 
 
@@ -147,7 +148,11 @@ def _columns(texts: Any) -> list[list[str]]:
 
 
 def _check_settings(settings: dict[str, Any], count: int, labels: Sequence[int] | None) -> None:
+    from transformers_badge.model.policy_badge import ExitPolicy
+
     batch_size = settings["batch_size"]
+    if settings["criterion"] != "learned":  # which has a rule only once it is fitted
+        ExitPolicy.of({"criterion": settings["criterion"]})
     if labels is not None and len(labels) != count:
         raise ValueError(f"There are {len(labels)} labels for {count} texts: give one for each.")
     for name in ("batch_size", "epochs", "learning_rate", "temperature"):
@@ -184,9 +189,10 @@ def _kept_rows(count: int) -> list[int]:
 
 def texts_needed(max_disagreement: float) -> float:
     """With fewer texts than this, no threshold can be shown to keep to a budget."""
-    from transformers_badge.calibration.selection import rows_needed
+    from transformers_badge.calibration.bounds import binomial_p_value, rows_needed
 
-    return rows_needed(max_disagreement) / CHOOSING[0]
+    rows = rows_needed(lambda rows: binomial_p_value(0, rows, max_disagreement), 0.05)
+    return float("inf") if rows is None else rows / CHOOSING[0]
 
 
 def _digest(columns: list[list[str]], labels: Sequence[int] | None) -> str:
@@ -228,20 +234,17 @@ def _last_checkpoint(folder: Path) -> str | None:
     return None
 
 
-def _replayed(exit_logits: Any, model: Any, problem_type: str) -> dict[str, Any]:
+def _replayed(table: Any, model: Any) -> dict[str, Any]:
     """What exits and policy do on rows that neither training nor the choice of the threshold has seen."""
-    from transformers_badge.calibration.replay import replay
-    from transformers_badge.calibration.selection import agreement
+    from transformers_badge.calibration.replay import agreement, at_exits, layer_speedup, replay
 
-    agrees, layers = agreement(exit_logits, problem_type), np.array(model.exit_layers)
-    taken = replay(exit_logits, model.config.exit_policy, problem_type)
-    mean = float(layers[taken].mean())
+    agrees, taken = agreement(table), replay(table, model.config.exit_policy)
     return {
-        "exit_layers": layers.tolist(),
+        "exit_layers": list(table.exit_layers),
         "exit_agreement": agrees.mean(axis=0).tolist(),
-        "disagreement": float(1 - agrees[np.arange(len(taken)), taken].mean()),
-        "mean_exit_layer": mean,
-        "layer_speedup": float(layers[-1] / mean),
+        "disagreement": float(1 - at_exits(agrees, taken).mean()),
+        "mean_exit_layer": float(np.array(table.exit_layers)[taken].mean()),
+        "layer_speedup": layer_speedup(table, taken),
     }
 
 
@@ -268,12 +271,15 @@ def _timed(source: Any, loading: dict[str, Any], model: Any, tokenizer: Any, row
     return timings.speedup("early_exit", "source")
 
 
-def _save(model: Any, tokenizer: Any, report: dict[str, Any], work: Path, output: Path) -> None:
-    """The checkpoint, whole or not at all."""
+def _save(
+    model: Any, tokenizer: Any, columns: list[list[str]], report: dict[str, Any], work: Path, output: Path
+) -> None:
+    """The checkpoint, whole or not at all; the columns are those of the texts that were trained on."""
+    from transformers_badge.hub.checkpoint import save_checkpoint
+
     finished = work / "checkpoint"
     shutil.rmtree(finished, ignore_errors=True)
-    model.save_pretrained(finished)
-    tokenizer.save_pretrained(finished)
+    save_checkpoint(finished, model, tokenizer, columns)
     (finished / "conversion.json").write_text(json.dumps(report, indent=2) + "\n")
     if output.exists():
         output.rmdir()  # known to be empty

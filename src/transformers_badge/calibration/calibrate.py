@@ -1,0 +1,372 @@
+"""Choosing thresholds from an exit table, with a guarantee that is stated in a certificate.
+
+Learn then Test (Angelopoulos et al., "Learn then Test: Calibrating Predictive Algorithms to Achieve Risk Control",
+2021) with fixed-sequence testing: policies are put in an order that does not depend on the rows that certify, from the
+strictest to the boldest, and each is tested for "its true risk is larger than allowed" with an exact p-value. Testing
+stops at the first policy that is not cleared, and the boldest one before it is taken. The chance, over the draw of the
+certifying rows, that the true risk of the result is larger than allowed is then at most 1 - confidence, however many
+were tested.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from transformers_badge.calibration.bounds import binomial_bounds, paired_upper_bound
+from transformers_badge.calibration.certificate import demand_facts, demanded, observed, percent, summarise
+from transformers_badge.calibration.demand import RISKS, Counts, Demand, Risk, count_rows
+from transformers_badge.calibration.fitting import fit_rule, fit_temperatures
+from transformers_badge.calibration.replay import (
+    agreement,
+    at_exits,
+    correctness,
+    layer_speedup,
+    score_exits,
+    take_exits,
+)
+from transformers_badge.calibration.search import per_exit_path
+from transformers_badge.exit_table import ExitTable
+from transformers_badge.model.criteria_badge import COMBINATORS, CRITERIA
+from transformers_badge.model.policy_badge import ExitPolicy
+
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Thresholds = list[float | None]
+
+_QUANTILES = 300  # thresholds that are tried where some rows are there to choose them from
+# Where all rows certify, the thresholds that are tried must not depend on them: 0, and these.
+_FIXED_GRID = np.geomspace(1e-6, 1e2, 500)
+
+
+def calibrate(
+    table: ExitTable,
+    criterion: str | ExitPolicy = "learned",
+    *,
+    risk: Risk = "disagreement",
+    max_risk: float | None = 0.01,
+    confidence: float = 0.95,
+    min_class_accuracy: float | None = None,
+    target_speedup: float | None = None,
+    per_exit: bool = False,
+    temperature: bool = False,
+    learn_from: ExitTable | None = None,
+    seed: int = 0,
+) -> ExitPolicy:
+    """The fastest policy whose risk is small, with a guarantee.
+
+    With the confidence asked for, over the draw of the rows of the table, the true risk of the policy on rows of the
+    same kind is at most `max_risk`. The rows must not have been trained on. What is learned (the rule of the learned
+    criterion, thresholds per exit, temperatures) is learned on one half of the rows and certified on the other; or
+    learned from a table of its own, and certified on all rows.
+
+    Args:
+        table: every exit's logits for rows like those to come.
+        criterion: a name, or an `ExitPolicy` with its dials (or its rule, which is then kept); its threshold is
+            replaced.
+        risk: `"disagreement"`, the share of rows answered otherwise than at full depth, which needs no labels; or
+            `"error_increase"`, the increase in the share of wrong answers, which does.
+        max_risk: at most this, in (0, 1). `None`: no bound, where `min_class_accuracy` is the demand.
+        confidence: in (0, 1).
+        min_class_accuracy: besides, the accuracy within every class is to be at least this. Needs labels.
+        target_speedup: instead of demands: as little risk as can be had at this layer speedup. The certificate then
+            states what risk was certified.
+        per_exit: search a threshold for every exit.
+        temperature: fit a temperature for every exit first.
+        learn_from: rows to learn from, instead of half of the table; those that are in the table as well are left out.
+            They may be rows that the model was trained on.
+        seed: of the split into halves.
+
+    Returns:
+        The policy; `certificate["summary"]` says in a sentence what was shown, or why the policy runs at full depth
+        (`threshold=None`; then a warning says so too).
+
+    Raises:
+        ValueError: a value outside what is written above, labels that are missing, a class without rows, logits that
+            are not finite.
+    """
+    demand = _checked(table, criterion, risk, max_risk, confidence, min_class_accuracy, target_speedup)
+    policy = _starting_policy(table, criterion)
+    searching = policy is None or per_exit or temperature or target_speedup is not None
+    search, certify = None, table
+    if searching:
+        search, certify = _halves(table, seed) if learn_from is None else (_checked_source(learn_from, table), table)
+    if search is not None:
+        policy = _learned_parts(search, policy, temperature)
+    assert policy is not None
+    tried = _candidates(search, policy, demand, per_exit)
+    facts = {"rows": len(certify), "rows_searched": 0 if search is None else len(search), "data": table.data,
+             "model": table.model, "date": datetime.now(UTC).date().isoformat()}  # fmt: skip
+    if target_speedup is not None:
+        assert search is not None
+        chosen = _at_speedup(search, policy, tried, risk, target_speedup)
+        return _bounded(certify, replace(policy, threshold=_compact(chosen)), demand, target_speedup, facts)
+
+    scores, best = score_exits(certify, policy), None
+    strictest: Counts | None = None  # of the policies that let rows leave at all
+    failed = False
+    before: Array | None = None
+    for thresholds in tried:
+        taken = take_exits(scores, thresholds)
+        if before is not None and np.array_equal(taken, before):
+            continue
+        before, counts = taken, count_rows(certify, taken)
+        if strictest is None and (taken < scores.shape[1] - 1).any():
+            strictest = counts
+        failed = failed or demand.p_value(counts) > demand.level
+        if not failed:
+            best = thresholds, taken, counts
+        elif strictest is not None:
+            break
+    if best is None or (best[1] == scores.shape[1] - 1).all():
+        halved = search is not None and learn_from is None
+        return _full_depth(certify, policy, demand, strictest, facts, halved)
+    thresholds, taken, counts = best
+    certificate = {
+        "summary": summarise(demand, certify, counts, taken),
+        "met": True,
+        **demand_facts(demand),
+        **facts,
+        "p_value": demand.p_value(counts),
+        "observed": observed(certify, counts, taken),
+    }
+    return replace(policy, threshold=_compact(thresholds), certificate=certificate)
+
+
+def _checked(
+    table: ExitTable,
+    criterion: Any,
+    risk: Any,
+    max_risk: Any,
+    confidence: Any,
+    min_class_accuracy: Any,
+    target_speedup: Any,
+) -> Demand:
+    if not isinstance(table, ExitTable):
+        raise TypeError(f"calibrate needs an ExitTable, got {type(table).__name__}: make one with make_exit_table.")
+    if isinstance(criterion, str) and criterion not in CRITERIA:
+        combine = " (give a combination as an ExitPolicy)" if criterion in COMBINATORS else ""
+        raise ValueError(f"criterion must be one of {', '.join(map(repr, CRITERIA))}{combine}, got {criterion!r}.")
+    if risk not in RISKS:
+        raise ValueError(f"risk must be one of {', '.join(map(repr, RISKS))}, got {risk!r}.")
+    for name, value in (("max_risk", max_risk), ("confidence", confidence), ("min_class_accuracy", min_class_accuracy)):
+        if value is not None and not 0 < value < 1:
+            raise ValueError(f"{name} must be between 0 and 1, both excluded, such as 0.01 or 0.95; got {value}.")
+    if max_risk is None and min_class_accuracy is None and target_speedup is None:
+        raise ValueError("There is no demand: give max_risk, min_class_accuracy or target_speedup.")
+    if target_speedup is not None:
+        costs = np.asarray(table.costs)
+        if min_class_accuracy is not None:
+            raise ValueError(
+                "Give either target_speedup or min_class_accuracy: one chooses by speed, the other by risk."
+            )
+        if not 1 < target_speedup <= costs[-1] / costs[0]:
+            raise ValueError(
+                f"target_speedup must be above 1 and at most {costs[-1] / costs[0]:.2f}, which is everyone leaving at "
+                f"the first exit; got {target_speedup}."
+            )
+    finite = np.isfinite(table.exit_logits).all(axis=-1)
+    if not finite.all():
+        row, exit_index = (int(i[0]) for i in np.nonzero(~finite))
+        raise ValueError(
+            f"Row {row} has a logit that is not finite at exit layer {table.exit_layers[exit_index]}: the model or its "
+            "input is broken; a guarantee cannot rest on it."
+        )
+    if table.exit_logits.shape[1] < 2:
+        raise ValueError("The model has one exit only: there is nowhere to leave early.")
+    if table.labels is None and (risk == "error_increase" or min_class_accuracy is not None):
+        what = "risk='error_increase'" if risk == "error_increase" else "min_class_accuracy"
+        raise ValueError(f"{what} needs labels, which the exit table does not have; risk='disagreement' needs none.")
+    if min_class_accuracy is not None:
+        if table.problem_type != "single_label_classification":
+            raise ValueError("min_class_accuracy needs problem_type='single_label_classification'.")
+        empty = np.flatnonzero(np.bincount(np.asarray(table.labels), minlength=len(table.label_names)) == 0)
+        if empty.size:
+            raise ValueError(
+                f"The class {table.label_names[empty[0]]!r} has no rows, so nothing can be shown about it: give rows "
+                "of every class, or leave min_class_accuracy out."
+            )
+    return Demand(
+        risk=risk,
+        max_risk=None if max_risk is None else float(max_risk),
+        min_class_accuracy=None if min_class_accuracy is None else float(min_class_accuracy),
+        confidence=float(confidence),
+    )
+
+
+def _checked_source(learn_from: ExitTable, table: ExitTable) -> ExitTable:
+    """The rows to learn from that do not certify, once it is known that they are of the same model."""
+    check_same_model(learn_from, table)
+    if learn_from.row_digests is not None and table.row_digests is not None:
+        others = ~np.isin(learn_from.row_digests, table.row_digests)
+        if not others.any():
+            raise ValueError(
+                "All rows of learn_from are in the table too: learn from other rows than those that certify."
+            )
+        learn_from = learn_from.select(others)
+    if not np.isfinite(learn_from.exit_logits).all():
+        raise ValueError("learn_from has logits that are not finite: the model or its input is broken.")
+    return learn_from
+
+
+def check_same_model(one: ExitTable, other: ExitTable) -> None:
+    """See that two tables are of one model and have the same labels.
+
+    Raises:
+        ValueError: they differ; the message says in what.
+    """
+    for name in ("exit_layers", "label_names", "problem_type", "model"):
+        mine, yours = getattr(one, name), getattr(other, name)
+        if mine != yours and (mine and yours):
+            raise ValueError(
+                f"The exit tables do not belong together: {name} is {mine} in one and {yours} in the other."
+            )
+
+
+def _starting_policy(table: ExitTable, criterion: str | ExitPolicy) -> ExitPolicy | None:
+    """The policy whose thresholds are looked for; `None` where its rule has to be fitted first."""
+    if criterion == "learned":
+        return None
+    if isinstance(criterion, str):
+        # PABEE counts up to its patience, so with the largest one the threshold says how many are needed.
+        dials = {"patience": table.exit_logits.shape[1] - 1} if criterion == "patience" else {}
+        return ExitPolicy.of({"criterion": criterion, **dials})
+    policy = ExitPolicy.of(criterion, threshold=None)
+    policy.thresholds(table.exit_logits.shape[1])
+    return policy
+
+
+def _halves(table: ExitTable, seed: int) -> tuple[ExitTable, ExitTable]:
+    if len(table) < 2:
+        raise ValueError("Calibrating this needs two rows at least: one half to learn from, one to certify.")
+    order = np.random.default_rng(seed).permutation(len(table))
+    half = len(table) // 2
+    return table.select(np.sort(order[:half])), table.select(np.sort(order[half:]))
+
+
+def _learned_parts(search: ExitTable, policy: ExitPolicy | None, temperature: bool) -> ExitPolicy:
+    temperatures = fit_temperatures(search) if temperature else None
+    if policy is None:
+        return ExitPolicy(criterion="learned", rule=fit_rule(search, temperatures), temperature=temperatures)
+    if temperatures is None:
+        return policy
+    if policy.criterion == "learned":  # a rule is for the temperatures that it was fitted with
+        policy = ExitPolicy.of(policy, rule=fit_rule(search, temperatures))
+    return _with_temperature(policy, temperatures)
+
+
+def _with_temperature(policy: ExitPolicy, temperatures: tuple[float, ...]) -> ExitPolicy:
+    """The policy, or all of its parts, with these temperatures."""
+    if policy.parts:
+        return ExitPolicy.of(policy, parts=[_with_temperature(part, temperatures) for part in policy.parts])
+    return ExitPolicy.of(policy, temperature=temperatures)
+
+
+def _candidates(search: ExitTable | None, policy: ExitPolicy, demand: Demand, per_exit: bool) -> list[Thresholds]:
+    """Thresholds from the strictest to the boldest; the rows that certify have no part in them."""
+    if search is None:
+        return [[float(t)] for t in (0.0, *_FIXED_GRID)]
+    scores = score_exits(search, policy)
+    if per_exit:
+        return per_exit_path(scores, _losses(search, demand.risk), np.asarray(search.costs), demand.max_risk or 0.01)
+    inner = scores[:, :-1]
+    finite = inner[np.isfinite(inner)]
+    if finite.size == 0:
+        return []
+    return [[float(t)] for t in np.unique(np.quantile(finite, np.linspace(0, 1, _QUANTILES)))]
+
+
+def _losses(table: ExitTable, risk: Risk) -> Array:
+    """What it costs in risk if a row leaves at an exit: (rows, exits)."""
+    if risk == "disagreement":
+        return (~agreement(table)).astype(np.float64)
+    right = correctness(table).astype(np.float64)
+    return np.asarray(right[:, -1:] - right)
+
+
+def _compact(thresholds: Thresholds) -> float | tuple[float | None, ...] | None:
+    """One number, where it stands for all exits."""
+    return thresholds[0] if len(thresholds) == 1 else tuple(thresholds)
+
+
+def _full_depth(
+    table: ExitTable,
+    policy: ExitPolicy,
+    demand: Demand,
+    strictest: Counts | None,
+    facts: dict[str, Any],
+    halved: bool,
+) -> ExitPolicy:
+    """The answer where nothing meets the demand: full depth, with what it would take."""
+    full = count_rows(table, np.full(len(table), table.exit_logits.shape[1] - 1))
+    needed = None
+    if demand.min_class_accuracy is not None and replace(demand, max_risk=None).p_value(full) > demand.level:
+        p_values = demand.class_p_values(full)
+        worst = int(np.argmax(p_values))
+        right, rows = full.right[worst], full.right[worst] + full.wrong[worst]
+        why = (
+            "not even full depth can be shown to meet it "
+            f"(class {table.label_names[worst]!r} has {right:,} of {rows:,} rows right at full depth)"
+        )
+        needed = demand.rows_needed(full)
+    elif strictest is None:
+        why = f"criterion {policy.criterion!r} lets no row leave at any threshold"
+    else:
+        why = "no threshold that lets rows leave early can be shown to meet it"
+        needed = demand.rows_needed(strictest)
+    certificate: dict[str, Any] = {"met": False, **demand_facts(demand), **facts}
+    if needed is None:
+        advice = "more rows of this kind would not change that: allow a larger risk, or train better exits"
+    else:
+        total, present = (count * (2 if halved else 1) for count in (max(needed, len(table) + 1), len(table)))
+        advice = f"it would take about {total:,} rows, {total - present:,} more, or a larger risk"
+        certificate["rows_needed"] = total
+    summary = (
+        f"The policy runs at full depth: asked was, with {percent(demand.confidence)} confidence, that "
+        f"{demanded(demand)}; with {facts['rows']:,} rows to show it, {why}; {advice}."
+    )
+    warnings.warn(summary, stacklevel=3)
+    return replace(policy, threshold=None, certificate={"summary": summary, **certificate})
+
+
+def _at_speedup(
+    search: ExitTable, policy: ExitPolicy, tried: Sequence[Thresholds], risk: Risk, target: float
+) -> Thresholds:
+    """The thresholds with the least risk, on the rows to search in, among those that are fast enough."""
+    scores, losses = score_exits(search, policy), _losses(search, risk)
+    reached: list[tuple[float, float, Thresholds]] = []
+    everyone_at_once: Thresholds = [float(np.finfo(np.float64).max)]  # infinity is not JSON
+    for thresholds in (*tried, everyone_at_once):
+        taken = take_exits(scores, thresholds)
+        speedup = layer_speedup(search, taken)
+        if speedup >= target:
+            reached.append((float(at_exits(losses, taken).mean()), speedup, thresholds))
+    if not reached:
+        raise ValueError(
+            f"target_speedup={target} is more than criterion {policy.criterion!r} reaches at any threshold, "
+            f"{layer_speedup(search, taken):.2f}x on these rows: ask for less, or take another criterion."
+        )
+    return min(reached, key=lambda entry: entry[:2])[2]
+
+
+def _bounded(table: ExitTable, policy: ExitPolicy, demand: Demand, target: float, facts: dict[str, Any]) -> ExitPolicy:
+    """A policy chosen by speed, with the risk that the certifying rows show for it."""
+    taken = take_exits(score_exits(table, policy), policy.thresholds(table.exit_logits.shape[1]))
+    counts = count_rows(table, taken)
+    if demand.risk == "disagreement":
+        bound = binomial_bounds(counts.changed, counts.rows, demand.confidence)[1]
+    else:
+        bound = paired_upper_bound(counts.lost, counts.gained, counts.rows, demand.confidence)
+    shown = replace(demand, max_risk=bound)
+    certificate = {
+        "summary": summarise(shown, table, counts, taken),
+        "met": True,
+        "target_speedup": target,
+        **demand_facts(shown),
+        **facts,
+        "observed": observed(table, counts, taken),
+    }
+    return replace(policy, certificate=certificate)

@@ -1,0 +1,154 @@
+"""The learned criterion's rule and the temperatures, fitted to exits made up for the purpose."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy.special import expit, softmax
+from scipy.stats import mannwhitneyu
+from test_replay import SEVERAL, made_up, made_up_several
+
+from transformers_badge import ExitPolicy
+from transformers_badge.calibration.fitting import fit_rule, fit_temperatures
+from transformers_badge.calibration.replay import agreement, answers, at_exits, score_exits
+from transformers_badge.exit_table import ExitTable
+from transformers_badge.model.criteria_badge import exit_probabilities
+from transformers_badge.model.exit_rule_badge import FEATURES, rule_scores
+
+
+FACTORS = np.array([4.0, 0.25, 1.0, 2.0])  # the truth of `calibrated`
+
+
+def stretched(table, factors):
+    """The same exits, with logits of another scale."""
+    return replace(table, exit_logits=table.exit_logits * np.asarray(factors, dtype=np.float64)[None, :, None])
+
+
+def learned(table):
+    return ExitPolicy(criterion="learned", rule=fit_rule(table))
+
+
+def ranking(table, policy):
+    """How often a row that disagrees scores above one that agrees, of all exits but the last together: 1 is perfect."""
+    scores, agrees = score_exits(table, policy)[:, :-1].ravel(), agreement(table)[:, :-1].ravel()
+    return mannwhitneyu(scores[~agrees], scores[agrees]).statistic / ((~agrees).sum() * agrees.sum())
+
+
+def calibrated(rows=4000, problem_type="single_label_classification"):
+    """Labels drawn from what the exits would say at the temperatures FACTORS."""
+    generator = np.random.default_rng(0)
+    logits = generator.normal(0, 2, (rows, 3))
+    if problem_type == SEVERAL:
+        labels = (generator.random((rows, 3)) < expit(logits)).astype(np.int64)
+    else:
+        labels = (softmax(logits, axis=-1).cumsum(axis=-1) < generator.random((rows, 1))).sum(axis=-1)
+    layers = tuple(range(1, len(FACTORS) + 1))
+    return stretched(
+        ExitTable(
+            exit_logits=logits[:, None].repeat(len(FACTORS), axis=1),
+            exit_layers=layers,
+            labels=labels,
+            problem_type=problem_type,
+        ),
+        FACTORS,
+    )
+
+
+@pytest.mark.parametrize("make", [made_up, made_up_several])
+@pytest.mark.parametrize("factors", [[6, 1, 1, 1], [1, 6, 1, 1], [1, 0.1, 1, 1]])
+def test_the_rule_finds_agreement_where_one_exit_is_surer_of_itself_than_it_should_be(make, factors):
+    table, others = (stretched(make(1500, 4, seed=seed), factors) for seed in (0, 100))
+    policy = learned(table)
+    assert np.shape(policy.rule) == (3, len(FEATURES) + 1)
+    rank = ranking(others, policy)
+    assert rank > ranking(others, ExitPolicy()) + 0.05
+    # what it has learned is about these exits: on exits of the right scale it finds less, and entropy more
+    plain = make(1500, 4, seed=100)
+    assert ranking(plain, policy) < rank
+    assert ranking(plain, ExitPolicy()) > ranking(others, ExitPolicy()) + 0.03
+    assert rank > ranking(plain, learned(make(1500, 4))) - 0.02  # the wrong scale has cost it nothing
+
+
+def test_the_score_is_the_regret_of_the_last_exit():
+    table, others = (stretched(made_up(4000, 4, seed=seed), [6, 1, 1, 1]) for seed in (0, 1))
+    last = exit_probabilities(others.exit_logits, others.problem_type)[:, 0, -1]
+    given = answers(others)
+    regret = np.stack([last.max(axis=-1) - at_exits(last, given[:, index]) for index in range(3)], axis=1)
+    scores = score_exits(others, learned(table))[:, :-1]
+    assert scores.mean(axis=0) == pytest.approx(regret.mean(axis=0), abs=0.02)
+    for index in range(3):  # among sure and among unsure rows
+        sure = scores[:, index] <= np.median(scores[:, index])
+        for rows in (sure, ~sure):
+            assert scores[rows, index].mean() == pytest.approx(regret[rows, index].mean(), abs=0.03)
+        assert regret[~sure, index].mean() > 2 * regret[sure, index].mean()
+
+
+@pytest.mark.parametrize("make", [made_up, made_up_several])
+def test_a_rule_is_finite_where_exits_always_or_never_agree(make):
+    table = make(400, 4)
+    last = table.exit_logits[:, -1:]
+    policies = {}
+    for name, sign in (("always", 1), ("never", -1)):
+        same = replace(table, exit_logits=np.concatenate([sign * last] * 3 + [last], axis=1))
+        policies[name] = learned(same)
+        assert np.shape(policies[name].rule) == (3, len(FEATURES) + 1)
+        assert np.isfinite(policies[name].rule).all()
+        scores = score_exits(same, policies[name])[:, :-1]
+        assert (scores > 0).all()
+        assert (scores < 1).all()
+        assert scores.max() < 0.1 if name == "always" else scores.mean() > 0.5
+
+
+def test_a_rule_can_be_fitted_to_one_row_and_to_one_class():
+    table = made_up(50, 3)
+    assert np.isfinite(fit_rule(table.select([0]))).all()
+    single = replace(table, exit_logits=table.exit_logits[..., :1], labels=None, label_names=())
+    assert np.isfinite(fit_rule(single)).all()
+
+
+def test_a_rule_needs_no_labels_and_does_not_read_them():
+    table = made_up(300, 4)
+    assert fit_rule(table) == fit_rule(replace(table, labels=None)) == fit_rule(replace(table, labels=1 - table.labels))
+    assert fit_rule(table) != fit_rule(table.select(slice(0, 299)))
+
+
+def test_a_rule_is_fitted_at_the_temperatures_that_it_is_for():
+    table, factors = made_up(300, 4), (2.0, 0.25, 1.0, 4.0)
+    hot = stretched(table, factors)
+    assert np.array(fit_rule(hot, factors)) == pytest.approx(np.array(fit_rule(table)), rel=1e-6)
+    assert np.array(fit_rule(hot)) != pytest.approx(np.array(fit_rule(table)), rel=0.1)
+    policy = ExitPolicy(criterion="learned", rule=fit_rule(hot, factors), temperature=factors)
+    assert score_exits(hot, policy) == pytest.approx(score_exits(table, learned(table)))
+
+
+def test_scores_of_a_rule_are_between_0_and_1_however_far_it_goes():
+    features = np.array([[-1000.0], [-40.0], [0.0], [40.0], [1000.0], [np.nan]])
+    scores = rule_scores(features, np.array([1.0, 0.0]))
+    assert np.isnan(scores[-1])
+    assert scores[2] == 0.5
+    assert (np.diff(scores[:-1]) >= 0).all()
+    assert (scores[:-1] > 0).all()
+    assert (scores[:-1] < 1).all()
+
+
+def test_a_model_with_one_exit_has_nothing_to_learn():
+    with pytest.raises(ValueError, match="The model has one exit only: there is nothing to learn"):
+        fit_rule(made_up(50, 1))
+
+
+@pytest.mark.parametrize("problem_type", ["single_label_classification", SEVERAL])
+def test_temperatures_are_found_with_labels_and_without(problem_type):
+    table = calibrated(problem_type=problem_type)
+    assert fit_temperatures(table) == pytest.approx(FACTORS, rel=0.05)
+    without = fit_temperatures(replace(table, labels=None))
+    assert without[:-1] == pytest.approx(FACTORS[:-1] / FACTORS[-1], rel=1e-4)  # the last exit is the teacher
+    assert without[-1] == 1.0
+    again = stretched(table, 1 / FACTORS)
+    assert fit_temperatures(again) == pytest.approx(np.ones(4), rel=0.05)
+
+
+def test_temperatures_stay_within_their_bounds():
+    table = stretched(calibrated(500), [100, 1e-3, 1, 1])
+    found = fit_temperatures(table)
+    assert found[:2] == pytest.approx((20, 0.05), rel=1e-3)
+    assert all(0.05 <= temperature <= 20 for temperature in found)
