@@ -4,9 +4,13 @@ leave.
 
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from .model.configuration_badge import BadgeConfig, ExitPolicy
+from .calibration.calibrate import calibrate
+from .exit_table import ExitTable
+from .inference.exit_logits import make_exit_table
+from .model.configuration_badge import BadgeConfig
 from .model.modeling_badge import BadgeForSequenceClassification
 from .model.pipeline_badge import BadgeTextClassificationPipeline
+from .model.policy_badge import ExitPolicy
 from .training.convert import convert_classifier
 from .training.fine_tune import parameter_groups
 from .training.metrics import compute_exit_metrics
@@ -19,8 +23,11 @@ __all__ = [
     "BadgeForSequenceClassification",
     "BadgeTextClassificationPipeline",
     "ExitPolicy",
+    "ExitTable",
+    "calibrate",
     "compute_exit_metrics",
     "convert_classifier",
+    "make_exit_table",
     "parameter_groups",
 ]
 

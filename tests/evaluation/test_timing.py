@@ -33,6 +33,7 @@ def test_the_picture_is_drawn(tmp_path):
         "full_depth": {"accuracy": 0.8},
         "early_exit": {"accuracy": 0.79, "layer_speedup": 1.5},
         "max_accuracy_drop": 0.01,
+        "policy": {"criterion": "entropy"},
         "curve": [{"layer_speedup": 1.0, "accuracy": 0.8}, {"layer_speedup": 2.0, "accuracy": 0.7}],
     }
     plot_tradeoff(record, tmp_path / "picture.png")

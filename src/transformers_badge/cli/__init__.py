@@ -4,8 +4,10 @@ import sys
 
 import typer
 
+from transformers_badge.cli.calibrate import calibrate
 from transformers_badge.cli.convert import convert
 from transformers_badge.cli.demo import demo
+from transformers_badge.cli.evaluate import evaluate
 from transformers_badge.cli.predict import predict
 from transformers_badge.cli.train import train
 
@@ -19,7 +21,9 @@ app = typer.Typer(
 )
 app.command()(convert)
 app.command()(train)
+app.command()(calibrate)
 app.command()(predict)
+app.command()(evaluate)
 app.command()(demo)
 
 

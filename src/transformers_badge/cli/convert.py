@@ -17,7 +17,7 @@ def convert(
     max_disagreement: Annotated[
         float, typer.Option(help="Share of answers that may differ from the model's own at full depth.")
     ] = 0.01,
-    criterion: Annotated[str, typer.Option(help="dge, entropy or patience.")] = "entropy",
+    criterion: Annotated[str, typer.Option(help="When to leave; docs/exit-policies.md lists them.")] = "learned",
     exit_layers: Annotated[str | None, typer.Option(help="Depths with an exit, such as 2,4,6. Default: all.")] = None,
     bypass_size: Annotated[int | None, typer.Option(help="Width of the bypasses; 0: none. Default: hidden/3.")] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the texts.")] = 3,
@@ -74,16 +74,11 @@ def convert(
     exits = Table("exit", *[str(layer) for layer in report["exit_layers"]])
     exits.add_row("answers as the last exit does", *[f"{100 * share:.1f} %" for share in report["exit_agreement"]])
     console.print(exits)
-    if report["policy"]["threshold"] is None:
-        console.print(
-            f"No threshold keeps disagreement within {max_disagreement:.2%} on {rows['chosen']} texts: the model "
-            f"runs at full depth. Give more texts (at least {texts_needed(max_disagreement):,.0f} in all), or a larger "
-            "--max-disagreement."
-        )
-    else:
+    console.print(report["policy"]["certificate"]["summary"])
+    if report["policy"]["threshold"] is not None:
         wall = report["wall_clock_speedup"]
         console.print(
-            f"On {rows['reported']} texts that were neither trained on nor used to choose the threshold: "
+            f"On {rows['reported']} other texts, neither trained on nor used for the threshold: "
             f"{report['disagreement']:.2%} of the answers differ from full depth; mean exit layer "
             f"{report['mean_exit_layer']:.2f} of {report['exit_layers'][-1]}, a layer speedup of "
             f"{report['layer_speedup']:.2f}x; in seconds {wall['median']:.2f}x ({wall['min']:.2f} to "

@@ -16,7 +16,9 @@ def predict(
     threshold: Annotated[
         float | None, typer.Option(help="Leave at a score of at most this. Default: the checkpoint's policy.")
     ] = None,
-    criterion: Annotated[str | None, typer.Option(help="dge, entropy or patience. Default: the checkpoint's.")] = None,
+    criterion: Annotated[
+        str | None, typer.Option(help="As in docs/exit-policies.md. Default: the checkpoint's.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per batch; no answer depends on it.")] = 32,
 ) -> None:
     """Classify the rows of a file, each at the first exit that is ready.
@@ -27,23 +29,15 @@ def predict(
     import os
 
     from tqdm.auto import tqdm
-    from transformers import AutoConfig, AutoTokenizer
 
-    from transformers_badge import BadgeForSequenceClassification
+    from transformers_badge.cli.tables import load_model
     from transformers_badge.inference.predict import predict_texts
     from transformers_badge.training.data import load_table, text_columns
     from transformers_badge.training.fine_tune import check_output_directory
 
-    try:
-        config = AutoConfig.from_pretrained(checkpoint)
-    except OSError as error:
-        raise OSError(f"No checkpoint could be loaded from {checkpoint}: {error}") from error
-    if config.model_type != "badge":
-        raise ValueError(f"{checkpoint} is a {config.model_type!r} checkpoint, not a BADGE one: make one with train.")
+    model, tokenizer = load_model(checkpoint)
     columns = text_columns(load_table(data), text_column, data)
     check_output_directory(output.parent)
-    model = BadgeForSequenceClassification.from_pretrained(checkpoint).eval()
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     given = {"threshold": threshold, "criterion": criterion}
     overrides = {name: value for name, value in given.items() if value is not None}
 

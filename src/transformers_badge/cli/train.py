@@ -15,7 +15,7 @@ def train(
     validation: Annotated[str | None, typer.Option(help="File to evaluate on. Default: a tenth of the data.")] = None,
     max_accuracy_drop: Annotated[
         float | None,
-        typer.Option(help="Choose the exit threshold on the validation rows for at most this drop, such as 0.01."),
+        typer.Option(help="Certify an exit threshold on the validation rows for at most this drop, such as 0.01."),
     ] = None,
     recipe: Annotated[
         str,
@@ -39,7 +39,10 @@ def train(
     from transformers import AutoTokenizer, set_seed
 
     from transformers_badge import BadgeForSequenceClassification
-    from transformers_badge.calibration.selection import choose_threshold
+    from transformers_badge.calibration.calibrate import calibrate
+    from transformers_badge.hub.checkpoint import save_checkpoint
+    from transformers_badge.inference.exit_logits import make_exit_table
+    from transformers_badge.training.convert import RULE_ROWS
     from transformers_badge.training.data import labelled_rows, load_table
     from transformers_badge.training.fine_tune import check_output_directory, fit, tokenize
     from transformers_badge.training.recipes import get_recipe
@@ -91,12 +94,15 @@ def train(
         if "accuracy" in name or "mse" in name:
             typer.echo(f"{name.removeprefix('test_')}: {value:.4f}")
     if max_accuracy_drop is not None:
-        model.config.exit_policy = choose_threshold(
-            result.predictions[1], result.label_ids, model.exit_layers, model.config.exit_policy, max_accuracy_drop
+        learned = [column[:RULE_ROWS] for column in rows.columns], rows.labels[:RULE_ROWS]
+        model.config.exit_policy = calibrate(
+            make_exit_table(model, tokenizer, held_out.columns, held_out.labels),
+            risk="error_increase",
+            max_risk=max_accuracy_drop,
+            learn_from=make_exit_table(model, tokenizer, *learned),
         )
-        typer.echo(f"exit policy: {model.config.exit_policy.to_dict()}")
-    model.save_pretrained(output_dir)
-    tokenizer.save_pretrained(output_dir)
+        typer.echo(model.config.exit_policy.certificate["summary"])
+    save_checkpoint(output_dir, model, tokenizer, rows.columns)
     typer.echo(f"Saved {output_dir}; predict with: transformers-badge predict {output_dir} FILE --output OUT.jsonl")
 
 

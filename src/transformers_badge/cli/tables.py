@@ -1,0 +1,75 @@
+"""What the commands that work on rows share: a checkpoint, rows with or without labels, their exit table."""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class Rows:
+    """Texts, one list per column, and class indices, if there are any."""
+
+    columns: list[list[str]]
+    labels: list[int] | None
+
+
+def load_model(checkpoint: str) -> tuple[Any, Any]:
+    """A BADGE model, in eval mode, and its tokenizer.
+
+    Raises:
+        OSError: nothing could be loaded.
+        ValueError: it is another kind of model, or predicts no classes.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    from transformers_badge import BadgeForSequenceClassification
+
+    try:
+        config = AutoConfig.from_pretrained(checkpoint)
+    except OSError as error:
+        raise OSError(f"No checkpoint could be loaded from {checkpoint}: {error}") from error
+    if config.model_type != "badge":
+        raise ValueError(f"{checkpoint} is a {config.model_type!r} checkpoint, not a BADGE one: make one with train.")
+    model = BadgeForSequenceClassification.from_pretrained(checkpoint).eval()
+    return model, AutoTokenizer.from_pretrained(checkpoint)
+
+
+def read_rows(data: str, text_column: list[str], label_column: str | None, model: Any) -> Rows:
+    """Rows of a file or a data set, with labels where there is a column of them."""
+    from transformers_badge.training.data import class_indices, load_table, text_columns
+
+    table = load_table(data, skip_blank_lines=True)
+    columns = text_columns(table, text_column, data)
+    if label_column is None and "label" in table.column_names:
+        label_column = "label"
+    if label_column is None:
+        return Rows(columns, None)
+    names = [model.config.id2label[index] for index in range(model.num_labels)]
+    return Rows(columns, class_indices(table, label_column, names, data))
+
+
+def rows_or_table(checkpoint: str, model: Any, tokenizer: Any, data: str, rows: Rows | None, batch_size: int) -> Any:
+    """The exit table of rows, by running the model; or the one in a file, once it is known to be this model's."""
+    from tqdm.auto import tqdm
+
+    from transformers_badge.exit_table import ExitTable
+    from transformers_badge.hub.training_rows import share_trained_on
+    from transformers_badge.inference.exit_logits import check_table_of_model, make_exit_table
+
+    if rows is None:
+        table = ExitTable.load(data)
+        check_table_of_model(table, model)
+    else:
+        with tqdm(total=len(rows.columns[0]), desc="every exit's answers", unit="row") as bar:
+            table = make_exit_table(
+                model, tokenizer, rows.columns, rows.labels, batch_size=batch_size, on_batch=bar.update
+            )
+    share = share_trained_on(Path(checkpoint), table)
+    if share:
+        warnings.warn(
+            f"About {share:.0%} of the rows were trained on: exits look better on those than they are, and a guarantee "
+            "does not hold. Give other rows.",
+            stacklevel=2,
+        )
+    return table
