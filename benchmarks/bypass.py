@@ -28,9 +28,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_
 from transformers.utils import logging
 
 from plain_classifier import fine_tune_plainly
-from transformers_badge import BadgeForSequenceClassification, ExitPolicy
-from transformers_badge.calibration.replay import replay
-from transformers_badge.calibration.selection import agreement, choose_threshold_by_agreement
+from transformers_badge import BadgeForSequenceClassification, ExitTable, calibrate
+from transformers_badge.calibration.replay import agreement, at_exits, correctness, layer_speedup, replay
 from transformers_badge.demo.sources import encoder_path, read_reviews
 from transformers_badge.evaluation.timing import describe_machine
 from transformers_badge.model.encoders_badge import BertAdapter
@@ -169,17 +168,17 @@ def frozen(data: str, seed: int, variant: dict[str, Any]) -> dict[str, Any]:
             seed=seed,
         )
         trainer.train()
-        exit_logits = trainer.predict(range(texts, texts + ROWS[data]["test"])).predictions[1].astype(np.float64)
+        exit_logits = trainer.predict(range(texts, texts + ROWS[data]["test"])).predictions[1]
     labels = read_reviews(data)[1][-len(exit_logits) :]
-    half, agrees = len(labels) // 2, agreement(exit_logits)
-    policy = choose_threshold_by_agreement(exit_logits[:half], model.exit_layers, ExitPolicy(criterion="entropy"))
-    taken = replay(exit_logits[half:], policy, "single_label_classification")
+    table = ExitTable(exit_logits=exit_logits, exit_layers=tuple(model.exit_layers), labels=labels)
+    choosing, testing = table.select(slice(len(table) // 2)), table.select(slice(len(table) // 2, None))
+    taken = replay(testing, calibrate(choosing, "entropy", max_risk=0.01))
     return {
-        "exit_accuracy": (exit_logits.argmax(-1) == labels[:, None]).mean(axis=0).tolist(),
-        "exit_agreement": agrees.mean(axis=0).tolist(),
+        "exit_accuracy": correctness(table).mean(axis=0).tolist(),
+        "exit_agreement": agreement(table).mean(axis=0).tolist(),
         # The threshold is chosen on one half of the test rows, for at most 1 % of changed answers; used on the other.
-        "layer_speedup": float(model.exit_layers[-1] / np.array(model.exit_layers)[taken].mean()),
-        "disagreement": float(1 - agrees[half:][np.arange(len(taken)), taken].mean()),
+        "layer_speedup": layer_speedup(testing, taken),
+        "disagreement": float(1 - at_exits(agreement(testing), taken).mean()),
     }
 
 

@@ -19,8 +19,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, default_data_collator
 
 from plain_classifier import fine_tune_plainly
-from transformers_badge import BadgeForSequenceClassification
-from transformers_badge.calibration.selection import agreement
+from transformers_badge import BadgeForSequenceClassification, make_exit_table
+from transformers_badge.calibration.replay import agreement, answers, correctness
 from transformers_badge.demo.sources import read_reviews
 from transformers_badge.evaluation.timing import describe_machine
 from transformers_badge.inference.predict import predict_texts
@@ -39,25 +39,23 @@ def tested(folder: Path, source: Path, texts: list[str], labels: Any) -> dict[st
     """Exits and early exit of a converted model, on rows that nobody has seen."""
     model, tokenizer = BadgeForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     plain = AutoModelForSequenceClassification.from_pretrained(source).eval()
-    exit_logits, equal = [], True
+    table, equal = make_exit_table(model, tokenizer, [texts], labels), True
     with torch.no_grad():
         for start in range(0, len(texts), 64):
             batch = tokenizer(texts[start : start + 64], padding=True, return_tensors="pt")
-            output = model(**batch)
-            equal &= torch.equal(output.logits, plain(**batch).logits)
-            exit_logits.append(output.exit_logits.double().numpy())
-    logits = np.concatenate(exit_logits)
+            equal &= torch.equal(model(**batch).logits, plain(**batch).logits)
+    last = answers(table)[:, -1]
     early = predict_texts(model, tokenizer, texts)
     chosen = np.array([model.config.label2id[answer["label"]] for answer in early])
     mean = float(np.mean([answer["exit_layer"] for answer in early]))
     return {
         "last_exit_equals_source": bool(equal),
         "exit_layers": model.exit_layers,
-        "exit_accuracy": (logits.argmax(-1) == labels[:, None]).mean(axis=0).tolist(),
-        "exit_agreement": agreement(logits).mean(axis=0).tolist(),
-        "source_accuracy": float((logits[:, -1].argmax(-1) == labels).mean()),
+        "exit_accuracy": correctness(table).mean(axis=0).tolist(),
+        "exit_agreement": agreement(table).mean(axis=0).tolist(),
+        "source_accuracy": float((last == labels).mean()),
         "early_exit": {
-            "agreement": float((chosen == logits[:, -1].argmax(-1)).mean()),
+            "agreement": float((chosen == last).mean()),
             "accuracy": float((chosen == labels).mean()),
             "mean_exit_layer": mean,
             "layer_speedup": model.exit_layers[-1] / mean,

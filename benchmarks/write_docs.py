@@ -1,4 +1,4 @@
-"""Make docs/benchmarks.md, docs/bypass.md, the README's figures and the pictures from the records in docs/records.
+"""Make docs/benchmarks.md, docs/bypass.md, docs/criteria.md, the README's figures and the pictures from docs/records.
 
 Example: python benchmarks/write_docs.py (`make docs`). To renew the records first:
     transformers-badge demo --output-dir demo-output          -> report.json as docs/records/demo.json
@@ -8,6 +8,8 @@ Example: python benchmarks/write_docs.py (`make docs`). To renew the records fir
     python benchmarks/convert.py                              -> convert.json
     python benchmarks/bypass.py --recipe joint                -> bypass_joint.json
     python benchmarks/bypass.py --recipe frozen               -> bypass_frozen.json
+    python benchmarks/criteria.py                             -> criteria.json
+    python benchmarks/guarantee.py                            -> guarantee.json
 """
 
 import json
@@ -19,6 +21,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from criteria_docs import write_criteria
 from transformers_badge.evaluation.plots import plot_tradeoff
 
 
@@ -279,7 +282,7 @@ def write_bypass() -> None:
         "",
         f"## A converted classifier, frozen ({machine(frozen[0])})",
         "",
-        "The threshold (entropy, at most 1 % of answers changed, at the upper end of the interval) is chosen on one half of the test rows and used on the other. "
+        "The threshold (entropy, at most 1 % of answers changed) is chosen on one half of the test rows and used on the other; in this record by the forerunner of `calibrate`, which held the upper end of a Wilson interval to the budget. "
         f"{' and '.join(str(n['test'] // 2) for n in rows.values())} rows are few for that: among 350 not one answer may change, so that a single answer that an exit is sure of and "
         "the last is not decides.",
         "",
@@ -351,6 +354,8 @@ def main() -> None:
     write_readme(full, plain, convert)
     write_benchmarks(full, demo, plain, bench, convert)
     write_bypass()
+    criteria = load("criteria")
+    write_criteria(ROOT, criteria, load("guarantee"), machine(criteria))
     plot_tradeoff(full, ROOT / "docs" / "images" / "tradeoff.png")
 
 

@@ -1,0 +1,190 @@
+"""Which criterion: all of them compared on models that were fine-tuned jointly and on converted classifiers.
+
+MiniLM, three data sets, three seeds. Every model is trained once and leaves an exit table of rows that it has not seen;
+what is there already is not made again, so it can be interrupted. The comparison replays from the tables.
+
+Example: python benchmarks/criteria.py --output-dir bench-output
+"""
+
+import argparse
+import itertools
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, set_seed
+from transformers.utils import logging
+
+from plain_classifier import fine_tune_plainly
+from transformers_badge import BadgeForSequenceClassification, ExitPolicy, ExitTable, convert_classifier
+from transformers_badge.calibration.fitting import fit_rule
+from transformers_badge.calibration.replay import correctness, score_exits, take_exits
+from transformers_badge.demo.sources import encoder_path, read_reviews
+from transformers_badge.evaluation.curves import (
+    LOSSES,
+    area,
+    compared_policies,
+    cross_fitted_scores,
+    curve,
+    run_thresholds,
+    speedup_at,
+    speedup_axis,
+)
+from transformers_badge.evaluation.timing import describe_machine
+from transformers_badge.inference.exit_logits import make_exit_table
+from transformers_badge.training.fine_tune import fit, tokenize
+
+
+SEEDS, RECIPES, SPLITS = (0, 1, 2), ("joint", "converted"), 5
+EPOCHS = {"movies": 2, "products": 3, "tweets": 3}
+MAX_TOKENS, BATCH_SIZE, LEARNING_RATE = 128, 16, 1e-4
+# Shares of a data set, anew for every seed: joint models learn from the first two; the source of a converted one from
+# the first, its exits from the second, without labels. The rest is for calibration and test.
+SHARES = {"source": 0.4, "texts": 0.2}
+
+
+def parts_of(data: str, seed: int) -> tuple[list[str], Any, list[Any]]:
+    """Texts and labels of a data set, and which rows are the source's, the other texts, and held out."""
+    texts, labels = read_reviews(data)
+    order = np.random.default_rng(seed).permutation(len(texts))
+    cuts = np.cumsum([round(share * len(texts)) for share in SHARES.values()])
+    return texts, labels, np.split(order, cuts)
+
+
+def train(data: str, recipe: str, seed: int) -> ExitTable:
+    """Train one model, and run it over the rows that were held out."""
+    texts, labels, (source, others, held_out) = parts_of(data, seed)
+
+    def pick(rows: Any) -> list[str]:
+        return [texts[row] for row in rows]
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        if recipe == "joint":
+            set_seed(seed)
+            model = BadgeForSequenceClassification.from_encoder(encoder_path(), num_labels=2)
+            tokenizer = AutoTokenizer.from_pretrained(encoder_path())
+            taught = np.concatenate([source, others])
+            rows = tokenize(tokenizer, [pick(taught)], labels[taught].tolist(), MAX_TOKENS)
+            fit(
+                model,
+                tokenizer,
+                rows,
+                None,
+                folder,
+                epochs=EPOCHS[data],
+                learning_rate=LEARNING_RATE,
+                batch_size=BATCH_SIZE,
+                seed=seed,
+            )
+        else:
+            fine_tune_plainly(pick(source), labels[source], EPOCHS[data], seed, folder / "source")
+            convert_classifier(
+                folder / "source",
+                pick(others),
+                folder / "badge",
+                batch_size=BATCH_SIZE,
+                max_tokens=MAX_TOKENS,
+                seed=seed,
+            )
+            model = BadgeForSequenceClassification.from_pretrained(folder / "badge")
+            tokenizer = AutoTokenizer.from_pretrained(folder / "badge")
+        return make_exit_table(model, tokenizer, [pick(held_out)], labels[held_out], max_tokens=MAX_TOKENS)
+
+
+def table_path(output_dir: Path, data: str, recipe: str, seed: int) -> Path:
+    """Where the exit table of one model lies."""
+    return output_dir / "criteria" / f"{data}-{recipe}-{seed}.safetensors"
+
+
+def best_threshold(table: ExitTable, scores: Any, allowed: float) -> float:
+    """The threshold that costs least while no more accuracy than allowed is lost on these rows; -1: nobody leaves."""
+    runs, right, rows = run_thresholds(scores), correctness(table), np.arange(len(table))
+    costs = np.asarray(table.costs)[runs.taken].mean(axis=1)
+    lost = right[:, -1].mean() - right[rows, runs.taken].mean(axis=1)
+    held = np.flatnonzero(lost <= allowed + 1e-12)
+    return float(runs.thresholds[held[np.argmin(costs[held])]])
+
+
+def compare(table: ExitTable) -> dict[str, Any]:
+    """Every criterion on one model's table: what is learned and chosen on one half is measured on the other.
+
+    The table is halved at random SPLITS times, and each half is measured once. Curves, of what is lost at a speedup,
+    are means over these.
+    """
+    axis, costs, blocks = speedup_axis(table), np.asarray(table.costs), table.blocks
+    policies = compared_policies(len(table.exit_layers))
+    scores = {name: score_exits(table, policy) for name, policy in policies.items()}
+    lost: dict[str, list[Any]] = {name: [] for name in (*policies, "learned")}
+    chosen: dict[str, list[Any]] = {name: [] for name in lost}
+    for seed in range(SPLITS):
+        order = np.random.default_rng(seed).permutation(len(table))
+        halves = order[: len(order) // 2], order[len(order) // 2 :]
+        for calibrating, testing in (halves, halves[::-1]):
+            learn, test = table.select(calibrating), table.select(testing)
+            rule = ExitPolicy(criterion="learned", rule=fit_rule(learn))
+            scored = {name: (values[calibrating], values[testing]) for name, values in scores.items()}
+            # The threshold is chosen on scores of rows that the rule was not fitted to.
+            scored["learned"] = cross_fitted_scores(learn, seed), score_exits(test, rule)
+            right, rows = correctness(test).astype(np.float64), np.arange(len(test))
+            for name, (here, there) in scored.items():
+                taken = run_thresholds(there).taken
+                values = curve(costs[taken].mean(axis=1), right[rows, taken].mean(axis=1), blocks, axis)
+                lost[name].append(right[:, -1].mean() - values)
+                entries = []
+                for allowed in LOSSES:
+                    exits = take_exits(there, [best_threshold(learn, here, allowed)] * len(costs))
+                    entries.append((costs[exits].mean(), right[:, -1].mean() - right[rows, exits].mean()))
+                chosen[name].append(entries)
+    compared = {}
+    for name in lost:
+        mean = np.mean(lost[name], axis=0)
+        blocks_run, lost_then = np.mean(chosen[name], axis=0).T
+        compared[name] = {
+            "lost": np.round(mean, 5).tolist(),
+            "area_lost": round(area(axis, mean), 5),
+            "speedup_at_loss": [round(speedup_at(axis, mean, allowed), 3) for allowed in LOSSES],
+            "chosen": {
+                "layer_speedup": np.round(blocks / blocks_run, 3).tolist(),
+                "lost": np.round(lost_then, 5).tolist(),
+            },
+        }
+    return compared
+
+
+def main() -> None:
+    """Train what is missing, then compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output-dir", type=Path, default=Path("bench-output"))
+    parser.add_argument("--recipe", choices=RECIPES, action="append", help="Train only these, and do not compare.")
+    arguments = parser.parse_args()
+    (arguments.output_dir / "criteria").mkdir(parents=True, exist_ok=True)
+    logging.set_verbosity_error()
+    for seed, data, recipe in tqdm(list(itertools.product(SEEDS, EPOCHS, arguments.recipe or RECIPES)), unit="model"):
+        path = table_path(arguments.output_dir, data, recipe, seed)
+        if not path.exists():
+            train(data, recipe, seed).save(path)
+    if arguments.recipe:
+        return
+    record: dict[str, Any] = {"losses": LOSSES, "splits": SPLITS, "machine": describe_machine(), "models": []}
+    for data, recipe, seed in tqdm(list(itertools.product(EPOCHS, RECIPES, SEEDS)), desc="comparing", unit="model"):
+        table = ExitTable.load(table_path(arguments.output_dir, data, recipe, seed))
+        record["speedup_axis"] = speedup_axis(table).tolist()
+        record["models"].append(
+            {
+                "data": data,
+                "recipe": recipe,
+                "seed": seed,
+                "rows": len(table),
+                "exit_accuracy": np.round(correctness(table).mean(axis=0), 4).tolist(),
+                "criteria": compare(table),
+            }
+        )
+    (arguments.output_dir / "criteria.json").write_text(json.dumps(record) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""docs/criteria.md and its picture, from the records of `criteria.py` and `guarantee.py`; `write_docs.py` calls it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from transformers_badge.evaluation.plots import HIGHLIGHTED, line_color
+from transformers_badge.evaluation.report import markdown_table
+
+
+def over_models(models: list[dict[str, Any]], name: str, index: int) -> np.ndarray[Any, Any]:
+    """Layer speedup at one of the losses, of every model."""
+    return np.array([model["criteria"][name]["speedup_at_loss"][index] for model in models])
+
+
+def mean_lost(models: list[dict[str, Any]], name: str) -> np.ndarray[Any, Any]:
+    """What a criterion loses over the speedups, (speedups,), mean over models."""
+    return np.mean([model["criteria"][name]["lost"] for model in models], axis=0)
+
+
+def speedup_rows(record: dict[str, Any]) -> list[list[str]]:
+    """A row per criterion, the smallest area lost first: speedup at each loss, with its ratio to entropy."""
+    models, losses = record["models"], record["losses"]
+    names = sorted(models[0]["criteria"], key=lambda name: np.mean([m["criteria"][name]["area_lost"] for m in models]))
+    rows = []
+    for name in names:
+        cells = []
+        for index in range(len(losses)):
+            own, entropy = (over_models(models, one, index) for one in (name, "entropy"))
+            cells.append(f"{own.mean():.2f}x ({np.mean(own / entropy):.2f})")
+        lost = np.mean([model["criteria"][name]["area_lost"] for model in models])
+        rows.append([name, *cells, f"{100 * lost:.2f}"])
+    return rows
+
+
+def task_rows(record: dict[str, Any], index: int) -> list[list[str]]:
+    """A row per task and recipe: speedup at one of the losses, of the criteria that matter most."""
+    rows = []
+    for data, recipe in dict.fromkeys((model["data"], model["recipe"]) for model in record["models"]):
+        models = [m for m in record["models"] if (m["data"], m["recipe"]) == (data, recipe)]
+        accuracy = 100 * np.mean([model["exit_accuracy"] for model in models], axis=0)
+        speedups = [
+            over_models(models, name, index) for name in ("learned", "entropy", "dge", "patience", "fixed_depth")
+        ]
+        rows.append(
+            [
+                f"{data}, {recipe}",
+                " ".join(f"{value:.1f}" for value in accuracy),
+                *[f"{values.mean():.2f}x +- {values.std(ddof=1):.2f}" for values in speedups],
+            ]
+        )
+    return rows
+
+
+def chosen_rows(record: dict[str, Any]) -> list[list[str]]:
+    """A row per criterion: speedup and loss on the other half, at thresholds chosen on one half for each loss."""
+    models, rows = record["models"], []
+    for name in models[0]["criteria"]:
+        chosen = [model["criteria"][name]["chosen"] for model in models]
+        speedups = np.mean([entry["layer_speedup"] for entry in chosen], axis=0)
+        lost = 100 * np.mean([entry["lost"] for entry in chosen], axis=0)
+        cells = [f"{speedup:.2f}x, {points:.2f}" for speedup, points in zip(speedups, lost, strict=True)]
+        rows.append((speedups[2], [name, *cells]))
+    return [cells for _, cells in sorted(rows, key=lambda row: -row[0])]
+
+
+def against_fixed_depth(record: dict[str, Any]) -> str:
+    """Where, from 1.2x to 3x, the learned criterion loses less than everyone leaving at the same depth."""
+    axis = np.array(record["speedup_axis"])
+    inside = (axis >= 1.2) & (axis <= 3)
+    ahead = mean_lost(record["models"], "fixed_depth") - mean_lost(record["models"], "learned")
+    behind = axis[inside & (ahead <= 0)]
+    if behind.size == 0:
+        return "On average it loses less than everyone leaving at the same depth at every speedup from 1.2x to 3x."
+    return (
+        "From 1.2x to 3x it loses less on average than everyone leaving at the same depth, but for "
+        f"{behind.min():.2f}x to {behind.max():.2f}x, where it loses up to {100 * -ahead[inside].min():.2f} points more: "
+        "on some of these models the last exit but one is a little better than the last, and a rule that is taught by "
+        "the last exit cannot know that."
+    )
+
+
+def write_criteria(root: Path, record: dict[str, Any], guarantee: dict[str, Any], machine: str) -> None:
+    """Write docs/criteria.md and docs/images/criteria.png."""
+    losses, models = record["losses"], record["models"]
+    gain = over_models(models, "learned", 2) / over_models(models, "entropy", 2)
+    heads = [f"<= {100 * loss:g} points" for loss in losses]
+    replay = guarantee["replay"]
+    guarantee_rows = [
+        [
+            f"{entry['data']}, {entry['recipe']}",
+            entry["risk"],
+            entry["criterion"],
+            f"{100 * entry['certified']['violations']:.1f} %",
+            f"{entry['certified']['layer_speedup']:.2f}x",
+            f"{100 * entry['uncertified']['violations']:.1f} %",
+            f"{entry['uncertified']['layer_speedup']:.2f}x",
+        ]
+        for entry in guarantee["runs"]
+    ]
+    lines = f"""# Which criterion, and does the guarantee hold
+
+Made by `make docs` from docs/records/criteria.json (`python benchmarks/criteria.py`) and docs/records/guarantee.json
+(`python benchmarks/guarantee.py`), on {machine}.
+
+## The criteria compared
+
+MiniLM (6 blocks) on movie reviews, product reviews and tweets, three seeds each, fine-tuned jointly and converted: {len(models)} models. Every model
+leaves an exit table of rows that it has not seen; the table is halved at random {record["splits"]} times, what is learned is learned on one half, and each half is measured
+once. Losses are against full depth of the same model. Criteria and their dials are described in [Exit policies](exit-policies.md).
+
+![Accuracy lost against layer speedup, every criterion](images/criteria.png)
+
+Layer speedup at which no more than so much accuracy is lost, mean over the models; in brackets the mean ratio to entropy's. The area is the mean of the points lost over all
+speedups from 1x to 6x.
+
+{markdown_table(["criterion", *heads, "area, points"], speedup_rows(record))}
+
+**The learned rule wins**: {np.mean(gain):.3f} times entropy's speedup at one point lost (standard error over the models {gain.std(ddof=1) / np.sqrt(len(gain)):.3f}), more where less may be lost, less where more may.
+So it is what `calibrate`, `convert`, `train` and the demo use. It needs no labels, only a few hundred rows. With two classes entropy, maximum probability and margin order rows alike.
+{against_fixed_depth(record)}
+
+By task, at no more than one point lost (mean and standard deviation over the seeds):
+
+{markdown_table(["model", "exits' accuracy, %", "learned", "entropy", "dge", "patience", "fixed depth"], task_rows(record, 2))}
+
+What a user gets who chooses the threshold on one half, for at most so much loss on those rows and without a guarantee, measured on the other half: layer speedup, and points really
+lost.
+
+{markdown_table(["criterion", *heads], chosen_rows(record))}
+
+The loss comes out a little above what was allowed: the best of many thresholds on a few hundred rows is partly the luckiest. That is what the guarantee is for.
+
+## The guarantee
+
+An exit table of real rows is the population; {guarantee["rows"]:,} rows are drawn from it with replacement to calibrate on, {guarantee["simulations"]:,} times. A violation is a policy whose
+risk in the population is above the {100 * guarantee["max_risk"]:g} % asked for; at {100 * guarantee["confidence"]:g} % confidence {100 * (1 - guarantee["confidence"]):.0f} % of the calibrations may be one. Beside it the fastest threshold whose risk on the
+same rows is as asked for, without a guarantee. The learned rule spends half of the rows on learning; in `convert` and `train` it learns from training rows and spends none.
+
+{markdown_table(["model", "risk", "criterion", "violations", "layer speedup", "violations, uncertified", "layer speedup, uncertified"], guarantee_rows)}
+
+## Replaying
+
+{replay["thresholds"]} thresholds of {replay["criteria"]} criteria on {replay["rows"]:,} rows, {replay["exits"]} exits and {replay["labels"]} labels: {replay["seconds"]:.2f} seconds (median of 5; slowest {replay["slowest"]:.2f}).
+"""
+    (root / "docs" / "criteria.md").write_text(lines)
+    plot_lost(record, root / "docs" / "images" / "criteria.png")
+
+
+def plot_lost(record: dict[str, Any], path: Path) -> None:
+    """Points lost against layer speedup, a line per criterion, jointly trained and converted models beside each other."""
+    figure = Figure(figsize=(9.6, 4.4), dpi=150, layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    names, axis = list(record["models"][0]["criteria"]), record["speedup_axis"]
+    for axes, recipe in zip(panels, ("joint", "converted"), strict=True):
+        models = [model for model in record["models"] if model["recipe"] == recipe]
+        axes.axhspan(-1, 0, color="#e8eef7", zorder=0)
+        for name in sorted(names, key=lambda name: name in HIGHLIGHTED):
+            bold = name in HIGHLIGHTED
+            axes.plot(axis, -100 * mean_lost(models, name), color=line_color(name, names), lw=2 if bold else 1,
+                      ls="--" if name == "fixed_depth" else "-", label=name.replace("_", " "))  # fmt: skip
+        axes.set_title(f"{recipe}, mean of {len(models)} models", fontsize=10)
+        axes.set_xlabel("layer speedup")
+        axes.set_ylim(-6, 0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.25)
+    panels[0].set_ylabel("accuracy against full depth (points)")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=7, frameon=False, fontsize=7.5)
+    figure.savefig(path)
