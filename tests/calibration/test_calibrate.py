@@ -89,7 +89,7 @@ def test_the_guarantee_holds_as_often_as_it_says(name, record_property):
     losses, bold_first = population_losses(risk), np.geomspace(1, 1e-4, 120)
     generator = np.random.default_rng(0)
     broken, broken_uncertified, speedup, speedup_uncertified = [], [], [], []
-    for _ in range(300 if name in RISKS else 150):
+    for _ in range(300 if name in RISKS else 100):
         rows = generator.integers(0, len(table), 1000)
         policy = without_warnings(table.select(rows), "entropy", confidence=CONFIDENCE, **demand)
         taken = take_exits(scores, threshold_of(policy))
