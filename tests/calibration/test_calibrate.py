@@ -477,6 +477,23 @@ def test_temperatures_reach_the_parts_of_a_combination():
         assert not np.array_equal(score_exits(table, policy), score_exits(table, replace(policy, parts=PARTS)))
 
 
+def test_a_learned_part_is_fitted_anew_for_new_temperatures():
+    table = made_up(1000, 4)
+    part = ExitPolicy(criterion="learned", rule=fit_rule(made_up(500, 4, seed=3)), threshold=0.1)
+    both = ExitPolicy(criterion="any_of", parts=[part, {"criterion": "margin", "threshold": 0.1}])
+    learned = calibrate(table, both, max_risk=0.1, temperature=True).parts[0]
+    search = _halves(table, seed=0)[0]
+    assert learned.rule == fit_rule(search, learned.temperature) != part.rule
+    assert calibrate(table, both, max_risk=0.1).parts[0] == part
+
+
+def test_rows_to_learn_from_are_checked_though_there_is_nothing_to_learn():
+    with pytest.raises(ValueError, match="do not belong together: exit_layers"):
+        calibrate(made_up(400, 4), "entropy", learn_from=made_up(400, 3))
+    with pytest.raises(TypeError, match="learn_from must be an ExitTable or None, got dict"):
+        calibrate(made_up(400), learn_from={})
+
+
 def test_temperatures_are_those_of_the_rows_that_are_searched():
     table = made_up(1000, 4)
     search = _halves(table, seed=0)[0]
@@ -588,6 +605,7 @@ def one_class(table):
     [
         (None, {"criterion": "entropie"}, r"criterion must be one of 'entropy', .*'learned', got 'entropie'"),
         (None, {"criterion": "all_of"}, r"give a combination as an ExitPolicy\), got 'all_of'"),
+        (None, {"confidence": None}, "confidence must be between 0 and 1, both excluded"),
         (None, {"criterion": 5}, "An exit policy must be an ExitPolicy or a dict, got 5"),
         (None, {"criterion": ExitPolicy(temperature=[1.0, 2.0])}, "temperature lists 2 numbers, but the model has 6"),
         (None, {"risk": "accuracy"}, "risk must be one of 'disagreement', 'error_increase', got 'accuracy'"),

@@ -92,8 +92,10 @@ def calibrate(
     policy = _starting_policy(table, criterion)
     searching = policy is None or per_exit or temperature or target_speedup is not None
     search, certify = None, table
+    if learn_from is not None:
+        learn_from = _checked_source(learn_from, table)
     if searching:
-        search, certify = _halves(table, seed) if learn_from is None else (_checked_source(learn_from, table), table)
+        search, certify = _halves(table, seed) if learn_from is None else (learn_from, table)
     if search is not None:
         policy = _learned_parts(search, policy, temperature)
     assert policy is not None
@@ -153,19 +155,22 @@ def _checked(
     if risk not in RISKS:
         raise ValueError(f"risk must be one of {', '.join(map(repr, RISKS))}, got {risk!r}.")
     for name, value in (("max_risk", max_risk), ("confidence", confidence), ("min_class_accuracy", min_class_accuracy)):
-        if value is not None and not 0 < value < 1:
+        if value is None and name != "confidence":
+            continue
+        if value is None or not 0 < value < 1:
             raise ValueError(f"{name} must be between 0 and 1, both excluded, such as 0.01 or 0.95; got {value}.")
     if max_risk is None and min_class_accuracy is None and target_speedup is None:
         raise ValueError("There is no demand: give max_risk, min_class_accuracy or target_speedup.")
     if target_speedup is not None:
         costs = np.asarray(table.costs)
+        fastest = costs[-1] / costs[0] if costs[0] else np.inf
         if min_class_accuracy is not None:
             raise ValueError(
                 "Give either target_speedup or min_class_accuracy: one chooses by speed, the other by risk."
             )
-        if not 1 < target_speedup <= costs[-1] / costs[0]:
+        if not 1 < target_speedup <= fastest:
             raise ValueError(
-                f"target_speedup must be above 1 and at most {costs[-1] / costs[0]:.2f}, which is everyone leaving at "
+                f"target_speedup must be above 1 and at most {fastest:.2f}, which is everyone leaving at "
                 f"the first exit; got {target_speedup}."
             )
     finite = np.isfinite(table.exit_logits).all(axis=-1)
@@ -199,6 +204,8 @@ def _checked(
 
 def _checked_source(learn_from: ExitTable, table: ExitTable) -> ExitTable:
     """The rows to learn from that do not certify, once it is known that they are of the same model."""
+    if not isinstance(learn_from, ExitTable):
+        raise TypeError(f"learn_from must be an ExitTable or None, got {type(learn_from).__name__}.")
     check_same_model(learn_from, table)
     if learn_from.row_digests is not None and table.row_digests is not None:
         others = ~np.isin(learn_from.row_digests, table.row_digests)
@@ -251,17 +258,15 @@ def _learned_parts(search: ExitTable, policy: ExitPolicy | None, temperature: bo
     temperatures = fit_temperatures(search) if temperature else None
     if policy is None:
         return ExitPolicy(criterion="learned", rule=fit_rule(search, temperatures), temperature=temperatures)
-    if temperatures is None:
-        return policy
-    if policy.criterion == "learned":  # a rule is for the temperatures that it was fitted with
-        policy = ExitPolicy.of(policy, rule=fit_rule(search, temperatures))
-    return _with_temperature(policy, temperatures)
+    return policy if temperatures is None else _with_temperature(policy, temperatures, search)
 
 
-def _with_temperature(policy: ExitPolicy, temperatures: tuple[float, ...]) -> ExitPolicy:
+def _with_temperature(policy: ExitPolicy, temperatures: tuple[float, ...], search: ExitTable) -> ExitPolicy:
     """The policy, or all of its parts, with these temperatures."""
     if policy.parts:
-        return ExitPolicy.of(policy, parts=[_with_temperature(part, temperatures) for part in policy.parts])
+        return ExitPolicy.of(policy, parts=[_with_temperature(part, temperatures, search) for part in policy.parts])
+    if policy.criterion == "learned":  # a rule is for the temperatures that it was fitted with
+        return ExitPolicy.of(policy, rule=fit_rule(search, temperatures), temperature=temperatures)
     return ExitPolicy.of(policy, temperature=temperatures)
 
 
