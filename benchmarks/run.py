@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 from transformers import BertForSequenceClassification
 
-from transformers_badge import BadgeConfig, BadgeForSequenceClassification
+from transformers_badge import BadgeConfig, BadgeForSequenceClassification, ExitTable
 from transformers_badge.calibration.replay import score_exits
 from transformers_badge.evaluation.timing import PairedTimings, describe_machine, time_in_turns
 
@@ -49,8 +49,9 @@ def overhead(model: Any, plain: Any, batch: dict[str, torch.Tensor], rounds: int
 
 def leaving_evenly(model: Any, batch: dict[str, torch.Tensor]) -> list[float | None]:
     """Thresholds per exit under which equal shares of the batch leave at each of the exits."""
-    exit_logits = model(**batch).exit_logits.double().numpy()
-    scores = score_exits(exit_logits, model.config.exit_policy, "single_label_classification")
+    exit_logits = model(**batch).exit_logits.numpy()
+    table = ExitTable(exit_logits=exit_logits, exit_layers=tuple(model.exit_layers))
+    scores = score_exits(table, model.config.exit_policy)
     inside, thresholds = np.arange(ROWS), []
     for index in range(BLOCKS - 1):
         leaving = len(inside) - round(ROWS * (BLOCKS - 1 - index) / BLOCKS)

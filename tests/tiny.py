@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from transformers_badge import BadgeConfig, BadgeForSequenceClassification
+from transformers_badge import BadgeConfig, BadgeForSequenceClassification, ExitTable
 
 
 VOCABULARY = 100
@@ -105,6 +105,11 @@ def tiny_classifier(family: str, seed: int = 0, **fields: Any) -> Any:
     torch.manual_seed(seed)
     config = tiny_config(family, encoder={"num_labels": 3, **fields}, num_labels=fields.get("num_labels", 3))
     return AutoModelForSequenceClassification.from_config(config.encoder_config).eval()
+
+
+def table_of(exit_logits: torch.Tensor) -> ExitTable:
+    """The exit table of exit logits, (rows, exits, labels), with an exit after every block."""
+    return ExitTable(exit_logits=exit_logits.numpy(), exit_layers=tuple(range(1, exit_logits.shape[1] + 1)))
 
 
 def random_rows(lengths: list[int], seed: int = 0) -> list[torch.Tensor]:

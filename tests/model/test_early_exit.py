@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from tiny import pad, random_rows, tiny_model
-from transformers_badge import ExitPolicy, ExitTable
+from tiny import pad, random_rows, table_of, tiny_model
+from transformers_badge import ExitPolicy
 from transformers_badge.calibration.replay import replay
 from transformers_badge.model.early_exit_badge import predict_with_policy, run_blocks, token_columns
 
@@ -122,7 +122,7 @@ def test_rows_are_answered_by_the_exit_that_they_took(model, criterion):
 def test_the_exits_taken_are_those_of_a_replay_on_stored_logits(model):
     batch = pad(random_rows([int(n) for n in np.random.default_rng(0).integers(1, 40, 200)]))
     with torch.no_grad():
-        table = ExitTable(exit_logits=model(**batch).exit_logits.numpy(), exit_layers=(1, 2, 3, 4))
+        table = table_of(model(**batch).exit_logits)
     for policy in (
         ExitPolicy(threshold=0.8),
         ExitPolicy(criterion="entropy", threshold=(0.5, None, 0.7, 0.0)),

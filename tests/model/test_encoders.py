@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tiny import EVERY_FAMILY, pad, random_rows, tiny_model
+from tiny import EVERY_FAMILY, pad, random_rows, table_of, tiny_model
 from transformers_badge import BadgeConfig
 from transformers_badge.calibration.replay import score_exits
 from transformers_badge.model.encoders_badge import BertAdapter, get_adapter
@@ -108,8 +108,8 @@ def test_rows_are_answered_alone_as_in_any_batch(every_family):
     """The long test of this is test_batch_invariance; this one goes through every family."""
     model, rows = tiny_model(every_family), random_rows(LENGTHS)
     with torch.no_grad():
-        full = model(**pad(rows)).exit_logits.double().numpy()
-    scores = score_exits(full, model.config.exit_policy, "single_label_classification")
+        exit_logits = model(**pad(rows)).exit_logits
+    scores = score_exits(table_of(exit_logits), model.config.exit_policy)
     thresholds = [float(value) for value in np.median(scores, axis=0)]  # some leave, some stay
     alone = [model.early_exit_predict(**pad([row]), threshold=thresholds) for row in rows]
     assert len({int(output.exit_layer) for output in alone}) > 1
@@ -128,7 +128,7 @@ def test_rows_leave_alike_whatever_bypasses_and_exits_read(family, reads, poolin
     model, rows = tiny_model(family, bypass_reads=reads, pooling=pooling), random_rows(LENGTHS)
     with torch.no_grad():
         exit_logits = model(**pad(rows)).exit_logits
-    scores = score_exits(exit_logits.double().numpy(), model.config.exit_policy, "single_label_classification")
+    scores = score_exits(table_of(exit_logits), model.config.exit_policy)
     ordered = np.sort(scores, axis=0)
     thresholds = [float(value) for value in ordered[1:3].mean(axis=0)]  # between two rows: two leave at each exit
     early = model.early_exit_predict(**pad(rows, "left", extra=5), threshold=thresholds, output_exit_logits=True)
