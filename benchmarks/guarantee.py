@@ -22,7 +22,8 @@ from tqdm.auto import tqdm
 
 from criteria import RECIPES, table_path
 from transformers_badge import ExitPolicy, ExitTable, calibrate
-from transformers_badge.calibration.replay import agreement, correctness, layer_speedup, replay, score_exits
+from transformers_badge.calibration.demand import losses_at_exits
+from transformers_badge.calibration.replay import layer_speedup, replay, score_exits
 from transformers_badge.evaluation.curves import compared_policies, run_thresholds
 from transformers_badge.evaluation.timing import describe_machine
 
@@ -32,26 +33,18 @@ ROWS, SIMULATIONS, MAX_RISK, CONFIDENCE = 1000, 1000, 0.01, 0.95
 REPLAYED = {"rows": 10_000, "exits": 12, "labels": 2, "thresholds": 100, "criteria": 10}
 
 
-def losses_of(table: ExitTable, risk: str) -> Any:
-    """What it adds to a risk if a row leaves at an exit, (rows, exits)."""
-    if risk == "disagreement":
-        return (~agreement(table)).astype(np.float64)
-    right = correctness(table).astype(np.float64)
-    return right[:, -1:] - right
-
-
-def uncertified(sample: ExitTable, policy: ExitPolicy, risk: str) -> float | None:
+def uncertified(sample: ExitTable, policy: ExitPolicy, risk: Any) -> float | None:
     """The fastest threshold whose risk on the rows themselves is as asked for."""
-    runs, losses = run_thresholds(score_exits(sample, policy)), losses_of(sample, risk)
+    runs, losses = run_thresholds(score_exits(sample, policy)), losses_at_exits(sample, risk)
     costs, rows = np.asarray(sample.costs)[runs.taken].mean(axis=1), np.arange(len(sample))
     held = np.flatnonzero(losses[rows, runs.taken].mean(axis=1) <= MAX_RISK)
     threshold = float(runs.thresholds[held[np.argmin(costs[held])]])
     return None if threshold < 0 else threshold
 
 
-def simulate(population: ExitTable, risk: str, criterion: str) -> dict[str, Any]:
+def simulate(population: ExitTable, risk: Any, criterion: str) -> dict[str, Any]:
     """Calibrate again and again; how often the guarantee fails, and what it buys."""
-    losses, everyone = losses_of(population, risk), np.arange(len(population))
+    losses, everyone = losses_at_exits(population, risk), np.arange(len(population))
     found: dict[str, list[tuple[float, float]]] = {"certified": [], "uncertified": []}
     for seed in tqdm(range(SIMULATIONS), desc=f"{risk}, {criterion}", unit="calibration"):
         drawn = np.random.default_rng(seed).integers(0, len(population), ROWS)

@@ -18,12 +18,10 @@ import numpy as np
 
 from transformers_badge.calibration.bounds import binomial_bounds, paired_upper_bound
 from transformers_badge.calibration.certificate import demand_facts, demanded, observed, percent, summarise
-from transformers_badge.calibration.demand import RISKS, Counts, Demand, Risk, count_rows
+from transformers_badge.calibration.demand import RISKS, Counts, Demand, Risk, counting, losses_at_exits
 from transformers_badge.calibration.fitting import fit_rule, fit_temperatures
 from transformers_badge.calibration.replay import (
-    agreement,
     at_exits,
-    correctness,
     layer_speedup,
     score_exits,
     take_exits,
@@ -107,7 +105,7 @@ def calibrate(
         chosen = _at_speedup(search, policy, tried, risk, target_speedup)
         return _bounded(certify, replace(policy, threshold=_compact(chosen)), demand, target_speedup, facts)
 
-    scores, best = score_exits(certify, policy), None
+    scores, count, best = score_exits(certify, policy), counting(certify), None
     strictest: Counts | None = None  # of the policies that let rows leave at all
     failed = False
     before: Array | None = None
@@ -115,7 +113,7 @@ def calibrate(
         taken = take_exits(scores, thresholds)
         if before is not None and np.array_equal(taken, before):
             continue
-        before, counts = taken, count_rows(certify, taken)
+        before, counts = taken, count(taken)
         if strictest is None and (taken < scores.shape[1] - 1).any():
             strictest = counts
         failed = failed or demand.p_value(counts) > demand.level
@@ -276,20 +274,14 @@ def _candidates(search: ExitTable | None, policy: ExitPolicy, demand: Demand, pe
         return [[float(t)] for t in (0.0, *_FIXED_GRID)]
     scores = score_exits(search, policy)
     if per_exit:
-        return per_exit_path(scores, _losses(search, demand.risk), np.asarray(search.costs), demand.max_risk or 0.01)
+        return per_exit_path(
+            scores, losses_at_exits(search, demand.risk), np.asarray(search.costs), demand.max_risk or 0.01
+        )
     inner = scores[:, :-1]
     finite = inner[np.isfinite(inner)]
     if finite.size == 0:
         return []
     return [[float(t)] for t in np.unique(np.quantile(finite, np.linspace(0, 1, _QUANTILES)))]
-
-
-def _losses(table: ExitTable, risk: Risk) -> Array:
-    """What it costs in risk if a row leaves at an exit: (rows, exits)."""
-    if risk == "disagreement":
-        return (~agreement(table)).astype(np.float64)
-    right = correctness(table).astype(np.float64)
-    return np.asarray(right[:, -1:] - right)
 
 
 def _compact(thresholds: Thresholds) -> float | tuple[float | None, ...] | None:
@@ -306,7 +298,7 @@ def _full_depth(
     halved: bool,
 ) -> ExitPolicy:
     """The answer where nothing meets the demand: full depth, with what it would take."""
-    full = count_rows(table, np.full(len(table), table.exit_logits.shape[1] - 1))
+    full = counting(table)(np.full(len(table), table.exit_logits.shape[1] - 1))
     needed = None
     if demand.min_class_accuracy is not None and replace(demand, max_risk=None).p_value(full) > demand.level:
         p_values = demand.class_p_values(full)
@@ -341,7 +333,7 @@ def _at_speedup(
     search: ExitTable, policy: ExitPolicy, tried: Sequence[Thresholds], risk: Risk, target: float
 ) -> Thresholds:
     """The thresholds with the least risk, on the rows to search in, among those that are fast enough."""
-    scores, losses = score_exits(search, policy), _losses(search, risk)
+    scores, losses = score_exits(search, policy), losses_at_exits(search, risk)
     reached: list[tuple[float, float, Thresholds]] = []
     everyone_at_once: Thresholds = [float(np.finfo(np.float64).max)]  # infinity is not JSON
     for thresholds in (*tried, everyone_at_once):
@@ -360,7 +352,7 @@ def _at_speedup(
 def _bounded(table: ExitTable, policy: ExitPolicy, demand: Demand, target: float, facts: dict[str, Any]) -> ExitPolicy:
     """A policy chosen by speed, with the risk that the certifying rows show for it."""
     taken = take_exits(score_exits(table, policy), policy.thresholds(table.exit_logits.shape[1]))
-    counts = count_rows(table, taken)
+    counts = counting(table)(taken)
     if demand.risk == "disagreement":
         bound = binomial_bounds(counts.changed, counts.rows, demand.confidence)[1]
     else:

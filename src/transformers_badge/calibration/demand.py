@@ -1,5 +1,6 @@
 """What a policy has to meet, what it does to rows in whole numbers, and the p-value of the one given the other."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -96,19 +97,34 @@ class Demand:
         return rows_needed(p_value, self.level)
 
 
-def count_rows(table: ExitTable, taken: Array) -> Counts:
-    """What the rows of a table find at the exits that they take, (rows,)."""
-    changed = int((~at_exits(agreement(table), taken)).sum())
-    if table.labels is None:
-        return Counts(len(taken), changed, 0, 0, (), ())
-    right = correctness(table)
-    early, full = at_exits(right, taken), right[:, -1]
-    wrong_by_class: tuple[int, ...] = ()
-    right_by_class: tuple[int, ...] = ()
-    if table.labels.ndim == 1:
-        classes = len(table.label_names)
-        wrong_by_class = tuple(int(n) for n in np.bincount(table.labels[~early], minlength=classes))
-        right_by_class = tuple(int(n) for n in np.bincount(table.labels[early], minlength=classes))
-    return Counts(
-        len(taken), changed, int((full & ~early).sum()), int((~full & early).sum()), wrong_by_class, right_by_class
-    )
+def losses_at_exits(table: ExitTable, risk: Risk) -> Array:
+    """What it adds to a risk if a row leaves at an exit: (rows, exits)."""
+    if risk == "disagreement":
+        return (~agreement(table)).astype(np.float64)
+    right = correctness(table).astype(np.float64)
+    return np.asarray(right[:, -1:] - right)
+
+
+def counting(table: ExitTable) -> Callable[[Array], Counts]:
+    """A function from the exits that the rows of a table take, (rows,), to what they find there.
+
+    What every exit answers is worked out once, since calibrating counts at hundreds of thresholds.
+    """
+    agrees = agreement(table)
+    right = None if table.labels is None else correctness(table)
+    classes = len(table.label_names)
+
+    def count(taken: Array) -> Counts:
+        changed = int((~at_exits(agrees, taken)).sum())
+        if right is None:
+            return Counts(len(taken), changed, 0, 0, (), ())
+        early, full = at_exits(right, taken), right[:, -1]
+        wrong_by_class: tuple[int, ...] = ()
+        right_by_class: tuple[int, ...] = ()
+        if table.labels is not None and table.labels.ndim == 1:
+            wrong_by_class = tuple(int(n) for n in np.bincount(table.labels[~early], minlength=classes))
+            right_by_class = tuple(int(n) for n in np.bincount(table.labels[early], minlength=classes))
+        lost, gained = int((full & ~early).sum()), int((~full & early).sum())
+        return Counts(len(taken), changed, lost, gained, wrong_by_class, right_by_class)
+
+    return count
