@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 
 from transformers_badge import BadgeForSequenceClassification, ExitTable
 from transformers_badge.cli import main
+from transformers_badge.inference.exit_logits import LEXICAL_COST
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,8 @@ def test_train_learns_and_writes_a_checkpoint_with_a_threshold(trained):
     assert "accuracy_exit_1" in printed
     assert "accuracy_exit_3" in printed
     model = BadgeForSequenceClassification.from_pretrained(folder)
-    assert model.exit_layers == [1, 3]
+    assert model.exit_layers == [0, 1, 3]
+    assert model.exits[0].weight.any()
     assert model.config.id2label == {0: "neg", 1: "pos"}
     assert model.config.exit_policy.threshold is not None
     accuracy = float(printed.split("accuracy: ")[1].split()[0])
@@ -96,7 +98,7 @@ def test_predict_writes_a_line_per_row_in_order(trained, data, tmp_path, capsys)
     assert rows[0].keys() == {"text", "label", "score", "exit_layer"}
     right = sum(row["label"] == ("pos" if "good" in row["text"] else "neg") for row in rows)
     assert right / len(rows) > 0.9
-    assert {row["exit_layer"] for row in rows} <= {1, 3}
+    assert {row["exit_layer"] for row in rows} <= {0, 1, 3}
     run(capsys, "predict", trained[0], data, "--output", tmp_path / "deep.jsonl", "--threshold", "0")
     assert {json.loads(line)["exit_layer"] for line in (tmp_path / "deep.jsonl").read_text().splitlines()} == {3}
 
@@ -277,8 +279,9 @@ def test_calibrate_writes_policy_certificate_and_card_and_pipelines_use_them(che
     texts = [line.split(",")[0] for line in traffic.read_text().splitlines()[1:]]
     classify = pipeline("text-classification", model=str(checkpoint), trust_remote_code=True)
     layers = [answer["exit_layer"] for answer in classify(texts, batch_size=32)]
-    assert 3 / np.mean(layers) == pytest.approx(policy.certificate["observed"]["layer_speedup"])
-    assert 1 in layers
+    speedup = (3 + LEXICAL_COST) / (np.mean(layers) + LEXICAL_COST)
+    assert speedup == pytest.approx(policy.certificate["observed"]["layer_speedup"])
+    assert 0 in layers
 
 
 def test_calibrate_takes_the_exit_table_that_evaluate_leaves(checkpoint, traffic, tmp_path, capsys):
@@ -339,12 +342,12 @@ def test_bad_calibrations_are_named_and_the_checkpoint_is_untouched(checkpoint, 
     assert "confidence must be between 0 and 1" in calibrate(traffic, "--confidence", "95")
     assert "risk must be one of 'disagreement', 'error_increase'" in calibrate(traffic, "--risk", "f1")
     assert "criterion must be one of" in calibrate(traffic, "--criterion", "vibes")
-    assert "target_speedup must be above 1 and at most 3.00" in calibrate(traffic, "--target-speedup", "4")
+    assert "target_speedup must be above 1 and at most 151.00" in calibrate(traffic, "--target-speedup", "200")
     (tmp_path / "texts.txt").write_text("a good film\n" * 40)
     assert "needs labels" in calibrate(tmp_path / "texts.txt", "--risk", "error_increase")
     (tmp_path / "one.csv").write_text("text,label\n" + "a good film,pos\n" * 40)
     assert "The class 'neg' has no rows" in calibrate(tmp_path / "one.csv", "--min-class-accuracy", "0.8")
-    other = ExitTable(exit_logits=np.ones((9, 2, 2)), exit_layers=(1, 3), label_names=("neg", "pos"), model="0123")
+    other = ExitTable(exit_logits=np.ones((9, 3, 2)), exit_layers=(0, 1, 3), label_names=("neg", "pos"), model="0123")
     other.save(tmp_path / "other.safetensors")
     assert "The exit table is of another model: its weights are 0123" in calibrate(tmp_path / "other.safetensors")
     assert files_of(checkpoint) == before

@@ -27,6 +27,7 @@ MODELS = {
     "bert": ("bert", 10_000, {}),
     "bert, multi-label": ("bert", 1_000, {"problem_type": "multi_label_classification"}),
     "modernbert": ("modernbert", 1_000, {}),
+    "roberta, exit 0": ("roberta", 1_000, {"lexical_exit": True, "exit_layers": [0, 1, 2, 4]}),
     "bert, 4 exits, 5 blocks": ("bert", 1_000, {"exit_layers": [1, 2, 4, 5], "encoder": {"num_hidden_layers": 5}}),
 }
 # A policy: what it is made of, and something about it that makes it another.

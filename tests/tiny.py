@@ -88,14 +88,17 @@ def tiny_model(family: str, seed: int = 0, **fields: Any) -> BadgeForSequenceCla
         for exit_ in model.exits:
             if hasattr(exit_, "query"):
                 exit_.query.weight.normal_(std=0.3)
-        for exit_ in model.exits:
+        if model.config.lexical_exit:
+            model.exits[0].weight.normal_(std=1.5)
+        later = [(index, exit_) for index, exit_ in enumerate(model.exits) if model.exit_layers[index] > 0]
+        for _, exit_ in later:
             exit_.classifier.weight.normal_(std=0.6)
         for _ in range(2):
             logits = model(**probe).exit_logits
-            for index, exit_ in enumerate(model.exits):
+            for index, exit_ in later:
                 exit_.classifier.weight.mul_(1.5 / logits[:, index].std(dim=0)[:, None])
                 exit_.classifier.bias.mul_(1.5 / logits[:, index].std(dim=0))
-            for index, exit_ in enumerate(model.exits):
+            for index, exit_ in later:
                 exit_.classifier.bias.sub_(model(**probe).exit_logits[:, index].mean(dim=0))
     return model
 

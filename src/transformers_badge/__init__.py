@@ -13,6 +13,7 @@ from .model.pipeline_badge import BadgeTextClassificationPipeline
 from .model.policy_badge import ExitPolicy
 from .training.convert import convert_classifier
 from .training.fine_tune import parameter_groups
+from .training.lexical import fit_lexical_exit
 from .training.metrics import compute_exit_metrics
 
 
@@ -27,6 +28,7 @@ __all__ = [
     "calibrate",
     "compute_exit_metrics",
     "convert_classifier",
+    "fit_lexical_exit",
     "make_exit_table",
     "parameter_groups",
 ]

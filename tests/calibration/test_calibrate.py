@@ -668,3 +668,22 @@ def test_tables_of_different_models_do_not_belong_together():
     ):
         with pytest.raises(ValueError, match=f"do not belong together: {name} is .* in one and .* in the other"):
             check_same_model(table, replace(table, labels=None, **{name: other}))
+
+
+@pytest.mark.parametrize("criterion", ["learned", "entropy"])
+def test_an_exit_0_that_knows_nothing_is_closed_and_one_that_knows_is_used(criterion):
+    later = made_up(6_000, 3, seed=4)
+    generator = np.random.default_rng(0)
+    nothing = generator.normal(scale=0.1, size=(len(later), 1, 2)).astype(later.exit_logits.dtype)
+    knowing = later.exit_logits[:, :1]
+    layers, costs = (0, *later.exit_layers), np.array([0.02, *np.asarray(later.costs) + 0.02])
+    left = {}
+    for name, first in (("nothing", nothing), ("knowing", knowing)):
+        logits = np.concatenate([first, later.exit_logits], axis=1)
+        table = replace(later, exit_logits=logits, exit_layers=layers, costs=costs)
+        policy = calibrate(table, criterion, max_risk=0.05)
+        taken = replay(table, policy)
+        assert (taken < len(layers) - 1).mean() > 0.1
+        left[name] = int((taken == 0).sum())
+    assert left["nothing"] == 0
+    assert left["knowing"] > 100

@@ -21,7 +21,11 @@ class ScriptedStages:
     def __init__(self, leaves_at, exit_layers=(1, 2, 3, 4)):
         self.exit_layers = list(exit_layers)
         self.leaves_at = np.array(leaves_at)
-        self.seen, self.widths = [], []
+        self.seen, self.widths, self.embedded = [], [], []
+
+    def embed(self, state):
+        self.embedded.append(state.tolist())
+        return state
 
     def run_block(self, layer, state):
         self.seen.append((layer, state.tolist()))
@@ -48,6 +52,21 @@ def test_the_loop_runs_each_block_on_the_rows_that_are_still_inside():
     assert stages.seen == [(1, [0, 1, 2, 3, 4]), (2, [1, 2, 3]), (3, [1, 3]), (4, [1, 3])]
     assert np.isnan(logits[0, 1:]).all()
     assert np.isfinite(logits[3]).all()
+
+
+def test_rows_that_leave_before_the_first_block_are_not_embedded():
+    stages = ScriptedStages([0, 3, 1, 0, 2], exit_layers=(0, 1, 2, 4))
+    policy = ExitPolicy(criterion="entropy", threshold=0.1)
+    _, taken = predict_with_policy(
+        stages, np.arange(5), np.ones((5, 6), dtype=bool), 2, policy, "single_label_classification"
+    )
+    assert taken.tolist() == [0, 3, 1, 0, 2]
+    assert stages.embedded == [[1, 2, 4]]
+    assert stages.seen == [(1, [1, 2, 4]), (2, [1, 4]), (3, [1]), (4, [1])]
+
+    everyone = ScriptedStages([0, 0], exit_layers=(0, 4))
+    predict_with_policy(everyone, np.arange(2), np.ones((2, 6), dtype=bool), 2, policy, "single_label_classification")
+    assert everyone.embedded == everyone.seen == []
 
 
 def test_the_loop_ends_when_everyone_has_left():
@@ -88,10 +107,10 @@ def test_exits_may_be_fewer_than_blocks():
     assert [layer for layer, _ in stages.seen] == [1, 2, 3, 4]
 
 
-def test_run_blocks_shows_every_block():
+def test_run_blocks_shows_the_embedding_and_every_block():
     shown = []
     run_blocks(ScriptedStages([9]), np.arange(1), lambda index, state: state, lambda layer, state: shown.append(layer))
-    assert shown == [1, 2, 3, 4]
+    assert shown == [0, 1, 2, 3, 4]
 
 
 def test_a_fresh_model_never_leaves_early(model):

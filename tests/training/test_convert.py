@@ -88,6 +88,13 @@ def test_only_a_whole_checkpoint_is_left(converted):
         convert_classifier("anything", TEXTS, folder)
 
 
+def test_exit_0_alone_needs_no_training(source, tmp_path):
+    report = convert_classifier(source, TEXTS, tmp_path / "badge", max_disagreement=0.05, exit_layers=[4])
+    assert report["exit_layers"] == [0, 4]
+    assert report["exit_agreement"][0] > 0.9
+    assert report["layer_speedup"] > 2
+
+
 class Interrupt(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 7:
@@ -149,7 +156,7 @@ def test_pairs_fields_and_an_empty_folder_are_taken(source, tmp_path):
         source, pairs, tmp_path / "badge", epochs=1, exit_layers=[2, 4], bypass_size=0,
         pooling="mean", criterion="patience", max_tokens=8,
     )  # fmt: skip
-    assert report["exit_layers"] == [2, 4]
+    assert report["exit_layers"] == [0, 2, 4]
     config = BadgeForSequenceClassification.from_pretrained(tmp_path / "badge").config
     assert (config.bypass_size, config.pooling, config.exit_policy.criterion) == (0, "mean", "patience")
 
@@ -166,7 +173,7 @@ def test_pairs_fields_and_an_empty_folder_are_taken(source, tmp_path):
         ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
         ({"epochs": -1}, "epochs must be above 0"),
         ({"criterion": "vibes"}, "criterion must be one of"),
-        ({"exit_layers": [4]}, "leaves no exit to train"),
+        ({"exit_layers": [4], "lexical_exit": False}, "leaves no exit to train"),
         ({"exit_layer": [2, 4]}, "does not know 'exit_layer'"),
         ({"bypass_size": -1}, "bypass_size must be 0"),
     ],

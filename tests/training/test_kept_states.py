@@ -10,7 +10,7 @@ from tiny import pad, random_rows, tiny_classifier
 from transformers_badge import BadgeForSequenceClassification
 from transformers_badge.training import kept_states
 from transformers_badge.training.convert import convert_classifier
-from transformers_badge.training.kept_states import KeptRows, KeptStates, can_keep, keep_states
+from transformers_badge.training.kept_states import KeptStates, can_keep, keep_states
 from transformers_badge.training.recipes import distillation_losses
 
 
@@ -33,6 +33,7 @@ def converted(folder, family="bert", **fields):
         {"pooling": "cls"},
         {"bypass_size": 0, "exit_layers": [2, 4]},
         {"bypass_size": 0, "bypass_reads": "block_input"},
+        {"lexical_exit": True, "exit_layers": [0, 2, 4]},
     ],
     ids=str,
 )
@@ -40,15 +41,17 @@ def converted(folder, family="bert", **fields):
 def test_logits_and_gradients_are_those_of_the_encoder(tmp_path, kind, fields):
     model = converted(tmp_path, kind, **fields)
     assert can_keep(model)
-    keep_states(model, BATCHES, 5, tmp_path / "states.npy")
-    rows = KeptRows(tmp_path / "states.npy")
+    batches = BATCHES
+    if model.config.lexical_exit:
+        batches = [{**batch, "lexical_logits": torch.randn(len(batch["input_ids"]), 3)} for batch in BATCHES]
+    rows = keep_states(model, batches, 5, tmp_path / "states.npy")
     assert rows.states.shape == (5, len(model.exit_layers), 32)
     assert [path.name for path in tmp_path.glob("states*")] == ["states.npy"]
 
     stand_in = copy.deepcopy(model)
     stand_in.adapter = KeptStates(model.exit_layers, model.num_labels)
-    kept = stand_in(inputs_embeds=torch.stack([rows[i]["inputs_embeds"] for i in range(5)])).exit_logits
-    through = torch.cat([model(**batch).exit_logits for batch in BATCHES])
+    kept = stand_in(**{name: torch.stack([rows[i][name] for i in range(5)]) for name in rows[0]}).exit_logits
+    through = torch.cat([model(**batch).exit_logits for batch in batches])
     assert torch.allclose(kept, through, atol=1e-6)
     for one, logits in ((stand_in, kept), (model, through)):
         distillation_losses(logits, "single_label_classification", 1.0).sum().backward()

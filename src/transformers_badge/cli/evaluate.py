@@ -67,6 +67,7 @@ def _time(model: Any, tokenizer: Any, rows: Any, table: Any) -> dict[str, Any]:
     from transformers_badge.calibration.fitting import fit_rule
     from transformers_badge.evaluation.curves import compared_policies
     from transformers_badge.evaluation.timed import ROUNDS, time_policies
+    from transformers_badge.inference.predict import token_limit
     from transformers_badge.model.policy_badge import ExitPolicy
 
     policies = compared_policies(len(model.exit_layers))
@@ -75,7 +76,7 @@ def _time(model: Any, tokenizer: Any, rows: Any, table: Any) -> dict[str, Any]:
         stored if stored.criterion == "learned" else ExitPolicy(criterion="learned", rule=fit_rule(table))
     )
     columns = [column[:TIMED_ROWS] for column in rows.columns]
-    limit = min(model.adapter.max_tokens(model.config.encoder_config), tokenizer.model_max_length)
+    limit = token_limit(model, tokenizer)
     batches = [
         tokenizer(
             *[column[start : start + TIMED_BATCH] for column in columns],

@@ -24,6 +24,9 @@ def train(
         ),
     ] = "joint",
     exit_layers: Annotated[str | None, typer.Option(help="Depths with an exit, such as 2,4,6. Default: all.")] = None,
+    lexical_exit: Annotated[
+        bool, typer.Option(help="An exit before the first block, which reads the words alone.")
+    ] = True,
     bypass_size: Annotated[int | None, typer.Option(help="Width of the bypasses; 0: none. Default: hidden/3.")] = None,
     epochs: Annotated[float, typer.Option(min=0.0, help="Passes over the training rows.")] = 3,
     learning_rate: Annotated[float, typer.Option(min=0.0, help="Peak learning rate of the encoder.")] = 5e-5,
@@ -42,6 +45,7 @@ def train(
     from transformers_badge.calibration.calibrate import calibrate
     from transformers_badge.hub.checkpoint import save_checkpoint
     from transformers_badge.inference.exit_logits import make_exit_table
+    from transformers_badge.inference.predict import token_limit
     from transformers_badge.training.convert import RULE_ROWS
     from transformers_badge.training.data import labelled_rows, load_table
     from transformers_badge.training.fine_tune import check_output_directory, fit, tokenize
@@ -70,12 +74,13 @@ def train(
         encoder,
         exit_layers=layers,
         bypass_size=bypass_size,
+        lexical_exit=lexical_exit,
         problem_type="regression" if rows.names is None else "single_label_classification",
         **names,
     )
     tokenizer = AutoTokenizer.from_pretrained(encoder)
     check_output_directory(output_dir)
-    limit = min(model.adapter.max_tokens(model.config.encoder_config), tokenizer.model_max_length)
+    limit = token_limit(model, tokenizer)
     trainer = fit(
         model,
         tokenizer,
@@ -95,11 +100,12 @@ def train(
             typer.echo(f"{name.removeprefix('test_')}: {value:.4f}")
     if max_accuracy_drop is not None:
         learned = [column[:RULE_ROWS] for column in rows.columns], rows.labels[:RULE_ROWS]
+        lexical_logits = trainer.train_dataset[:RULE_ROWS]["lexical_logits"] if lexical_exit else None
         model.config.exit_policy = calibrate(
             make_exit_table(model, tokenizer, held_out.columns, held_out.labels),
             risk="error_increase",
             max_risk=max_accuracy_drop,
-            learn_from=make_exit_table(model, tokenizer, *learned),
+            learn_from=make_exit_table(model, tokenizer, *learned, lexical_logits=lexical_logits),
         )
         typer.echo(model.config.exit_policy.certificate["summary"])
     save_checkpoint(output_dir, model, tokenizer, rows.columns)

@@ -23,6 +23,7 @@ EXAMPLES = [
     "Dull, lifeless and far too long.",
     "It is not without charm, but the jokes wear thin and the ending never comes together.",
     "I expected to hate it, and for the first half hour I did; then it won me over.",
+    "A tedious, clumsy mess.",
 ]
 
 _FRESH_PROCESS = """
@@ -58,6 +59,7 @@ def run_demo(output_dir: Path, full: bool = False, max_accuracy_drop: float = 0.
     from transformers_badge.evaluation.plots import plot_tradeoff
     from transformers_badge.evaluation.timing import describe_machine
     from transformers_badge.hub.checkpoint import save_checkpoint
+    from transformers_badge.inference.explain import explain_lexical_exit
     from transformers_badge.training.fine_tune import check_output_directory
 
     console, started = Console(), time.perf_counter()
@@ -70,16 +72,20 @@ def run_demo(output_dir: Path, full: bool = False, max_accuracy_drop: float = 0.
     console.print(f"{len(train)} rows to train on, {len(calibration)} to choose a threshold, {len(test)} to test.")
 
     console.rule("2. Fine-tuning")
-    model, tokenizer = _fine_tune(encoder, texts, labels, train, output_dir, EPOCHS[mode], seed)
+    model, tokenizer, lexical_logits = _fine_tune(encoder, texts, labels, train, output_dir, EPOCHS[mode], seed)
 
     console.rule("3. Choosing the threshold, and testing")
     learn_from, certify, on_test = (
-        _exit_table(name, model, tokenizer, texts, labels, rows)
-        for name, rows in (("to learn from", train[:RULE_ROWS]), ("to certify", calibration), ("to test", test))
+        _exit_table(name, model, tokenizer, texts, labels, rows, lexical)
+        for name, rows, lexical in (
+            ("to learn from", train[:RULE_ROWS], lexical_logits[:RULE_ROWS]),
+            ("to certify", calibration, None),
+            ("to test", test, None),
+        )
     )
     report = _evaluate(model, learn_from, certify, on_test, max_accuracy_drop)
     tested = [texts[i] for i in test]
-    report["early_exit"] = _leave_early(model, tokenizer, tested, labels[test].tolist())
+    report["early_exit"] |= _leave_early(model, tokenizer, tested, labels[test].tolist())
     report["max_accuracy_drop"] = max_accuracy_drop
     report["rows"] = {"train": len(train), "calibration": len(calibration), "test": len(test)}
     checkpoint = output_dir / "checkpoint"
@@ -91,6 +97,9 @@ def run_demo(output_dir: Path, full: bool = False, max_accuracy_drop: float = 0.
 
     console.rule("5. Loading the checkpoint in a fresh process")
     report["examples"] = _load_anew(checkpoint)
+    for entry, words in zip(report["examples"], explain_lexical_exit(model, tokenizer, EXAMPLES), strict=True):
+        if entry["exit_layer"] == 0:
+            entry["words"] = [[ngram, round(weight, 2)] for ngram, weight in words]
     report["machine"] = describe_machine()
     report["minutes"] = round((time.perf_counter() - started) / 60, 1)
 
@@ -104,7 +113,8 @@ def run_demo(output_dir: Path, full: bool = False, max_accuracy_drop: float = 0.
 
 def _fine_tune(
     encoder: Path, texts: list[str], labels: Any, train: Any, output_dir: Path, epochs: int, seed: int
-) -> tuple[Any, Any]:
+) -> tuple[Any, Any, Any]:
+    """The model, its tokenizer, and what exit 0 says of the training rows without having seen them."""
     from transformers import AutoTokenizer, set_seed
     from transformers.utils import logging
 
@@ -114,12 +124,12 @@ def _fine_tune(
     set_seed(seed)
     logging.set_verbosity_error()  # what MiniLM brings and a classifier does not need is no news
     model = BadgeForSequenceClassification.from_encoder(
-        encoder, id2label={0: "negative", 1: "positive"}, label2id={"negative": 0, "positive": 1}
+        encoder, lexical_exit=True, id2label={0: "negative", 1: "positive"}, label2id={"negative": 0, "positive": 1}
     )
     logging.set_verbosity_warning()
     tokenizer = AutoTokenizer.from_pretrained(encoder)
     rows = tokenize(tokenizer, [texts], labels.tolist(), max_tokens=MAX_TOKENS)
-    fit(
+    trainer = fit(
         model,
         tokenizer,
         rows.select(train),
@@ -130,17 +140,27 @@ def _fine_tune(
         batch_size=BATCH_SIZE,
         seed=seed,
     )
-    return model.eval(), tokenizer
+    return model.eval(), tokenizer, np.array(trainer.train_dataset["lexical_logits"])
 
 
-def _exit_table(name: str, model: Any, tokenizer: Any, texts: list[str], labels: Any, rows: Any) -> Any:
+def _exit_table(
+    name: str, model: Any, tokenizer: Any, texts: list[str], labels: Any, rows: Any, lexical_logits: Any
+) -> Any:
     from tqdm.auto import tqdm
 
     from transformers_badge.inference.exit_logits import make_exit_table
 
     with tqdm(total=len(rows), desc=f"every exit's answers, {name}", unit="row") as bar:
         chosen = [texts[row] for row in rows]
-        return make_exit_table(model, tokenizer, [chosen], labels[rows], max_tokens=MAX_TOKENS, on_batch=bar.update)
+        return make_exit_table(
+            model,
+            tokenizer,
+            [chosen],
+            labels[rows],
+            lexical_logits=lexical_logits,
+            max_tokens=MAX_TOKENS,
+            on_batch=bar.update,
+        )
 
 
 def _evaluate(model: Any, learn_from: Any, certify: Any, tested: Any, max_accuracy_drop: float) -> dict[str, Any]:
@@ -148,19 +168,31 @@ def _evaluate(model: Any, learn_from: Any, certify: Any, tested: Any, max_accura
 
     All of it comes from exit tables, by replay; `_leave_early` then runs the policy for real.
     """
+    from transformers_badge.calibration.bounds import paired_upper_bound
     from transformers_badge.calibration.calibrate import calibrate
-    from transformers_badge.calibration.replay import correctness
+    from transformers_badge.calibration.replay import at_exits, correctness, layer_speedup, replay
     from transformers_badge.evaluation.curves import tradeoff_curve
 
     policy = calibrate(certify, risk="error_increase", max_risk=max_accuracy_drop, learn_from=learn_from)
     model.config.exit_policy = policy
-    accuracy = correctness(tested).mean(axis=0)
+    right, taken = correctness(tested), replay(tested, policy)
+    accuracy, full, early = right.mean(axis=0), right[:, -1], at_exits(right, taken)
+    lost, gained = int((full & ~early).sum()), int((early & ~full).sum())
     return {
         "exit_layers": list(tested.exit_layers),
         "exit_accuracy": accuracy.tolist(),
         "full_depth": {"accuracy": float(accuracy[-1])},
         "policy": policy.to_dict(),
         "curve": tradeoff_curve(tested, policy),
+        "early_exit": {
+            "layer_speedup": layer_speedup(tested, taken),
+            # Both ends are bounds of their own at 97.5 %.
+            "accuracy_lost": {
+                "observed": (lost - gained) / len(tested),
+                "low": -paired_upper_bound(gained, lost, len(tested), 0.975),
+                "high": paired_upper_bound(lost, gained, len(tested), 0.975),
+            },
+        },
     }
 
 
@@ -173,11 +205,9 @@ def _leave_early(model: Any, tokenizer: Any, texts: list[str], labels: Any) -> d
     with tqdm(total=len(texts), desc="leaving early", unit="row") as bar:
         answers = predict_texts(model, tokenizer, texts, on_batch=bar.update)
     right = [answer["label"] == model.config.id2label[label] for answer, label in zip(answers, labels, strict=True)]
-    mean = float(np.mean([answer["exit_layer"] for answer in answers]))
     return {
         "accuracy": float(np.mean(right)),
-        "mean_exit_layer": mean,
-        "layer_speedup": model.exit_layers[-1] / mean,
+        "mean_exit_layer": float(np.mean([answer["exit_layer"] for answer in answers])),
     }
 
 
@@ -192,6 +222,7 @@ def _measure(model: Any, tokenizer: Any, texts: list[str], report: dict[str, Any
     from transformers import BertForSequenceClassification
 
     from transformers_badge.evaluation.timing import time_in_turns
+    from transformers_badge.inference.exit_logits import LEXICAL_COST
 
     plain = BertForSequenceClassification(model.config.encoder_config).eval()
     # All but the pooler, which costs the same untrained.
@@ -219,7 +250,7 @@ def _measure(model: Any, tokenizer: Any, texts: list[str], report: dict[str, Any
             {
                 "batch_size": batch_size,
                 "rows": len(timed),
-                "layer_speedup": float(model.exit_layers[-1] / layers.mean()),
+                "layer_speedup": float(model.exit_layers[-1] / (layers.mean() + LEXICAL_COST)),
                 "seconds": {name: timings.median(name) for name in contenders},
                 "speedup_over_full_depth": timings.speedup("early_exit", "full_depth"),
                 "speedup_over_transformers": timings.speedup("early_exit", "transformers"),
@@ -256,6 +287,11 @@ def _print_report(console: Any, report: dict[str, Any], output_dir: Path) -> Non
         f"Full depth: {100 * full['accuracy']:.2f} %. Early exit: {100 * early['accuracy']:.2f} % at mean exit layer "
         f"{early['mean_exit_layer']:.2f} of {blocks}, a layer speedup of {early['layer_speedup']:.2f}x."
     )
+    lost = early["accuracy_lost"]
+    console.print(
+        f"Lost on the test rows: {100 * lost['observed']:.2f} points; what is lost on rows like these is, with 95 % "
+        f"confidence, between {100 * lost['low']:.2f} and {100 * lost['high']:.2f}."
+    )
     table = Table("batch size", "rows", "layer speedup", "in seconds, over full depth", "over transformers' own BERT")
     for entry in report["timing"]:
         cells = [
@@ -264,9 +300,10 @@ def _print_report(console: Any, report: dict[str, Any], output_dir: Path) -> Non
         ]
         table.add_row(str(entry["batch_size"]), str(entry["rows"]), f"{entry['layer_speedup']:.2f}x", *cells)
     console.print(table)
-    table = Table("text", "label", "score", "left after block")
+    table = Table("text", "label", "score", "left after block", "words that decided it")
     for entry in report["examples"]:
-        table.add_row(entry["text"], entry["label"], f"{entry['score']:.2f}", str(entry["exit_layer"]))
+        words = ", ".join(f"{ngram} ({weight:+.1f})" for ngram, weight in entry.get("words", []))
+        table.add_row(entry["text"], entry["label"], f"{entry['score']:.2f}", str(entry["exit_layer"]), words)
     console.print(table)
     console.print(f"Criterion {report['policy']['criterion']}. {report['policy']['certificate']['summary']}")
     console.print(f"{report['minutes']} minutes. Wrote checkpoint/, report.json and tradeoff.png to {output_dir}.")

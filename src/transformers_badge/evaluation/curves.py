@@ -15,6 +15,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 THRESHOLDS = 200  # of a curve, at quantiles of the scores
 SPEEDUPS = 81  # of the common axis of the curves
+MOST_SPEEDUPS = 4
 RESAMPLES = 200
 LOSSES = (0.0, 0.005, 0.01, 0.02)
 
@@ -75,9 +76,12 @@ def run_thresholds(scores: Array, thresholds: int = THRESHOLDS) -> Runs:
 
 
 def speedup_axis(table: ExitTable) -> Array:
-    """Layer speedups from 1 to that of the first exit."""
+    """Layer speedups from 1 to that of the first exit, but no more than `MOST_SPEEDUPS` times the number of blocks.
+
+    An exit before the first block costs next to nothing, and what it alone answers is of no interest.
+    """
     costs = np.asarray(table.costs)
-    return np.linspace(1.0, costs[-1] / costs[0], SPEEDUPS)
+    return np.linspace(1.0, min(costs[-1] / max(costs[0], 1e-9), MOST_SPEEDUPS * table.blocks), SPEEDUPS)
 
 
 def curve(costs: Array, values: Array, full: float, axis: Array) -> Array:

@@ -143,11 +143,16 @@ def plot_tradeoff(record: dict[str, Any], path: Path) -> None:
     axes.plot(speedups, [100 * point["accuracy"] for point in record["curve"]], color="#1f5fa8", lw=1.8,
               label=f"early exit ({record['policy']['criterion']}), by threshold")  # fmt: skip
     axes.plot(
-        [blocks / layer for layer in record["exit_layers"]],
-        [100 * accuracy for accuracy in record["exit_accuracy"]],
+        [blocks / layer for layer in record["exit_layers"] if layer],
+        [100 * a for a, layer in zip(record["exit_accuracy"], record["exit_layers"], strict=True) if layer],
         "o--", color="#9a9a9a", ms=5, lw=1, label="everyone leaves at the same exit",
     )  # fmt: skip
     for layer, accuracy in zip(record["exit_layers"], record["exit_accuracy"], strict=True):
+        if layer == 0:  # as far to the right as one likes
+            axes.axhline(100 * accuracy, color="#bbbbbb", lw=0.8, ls=":")
+            axes.annotate("exit 0", (0.985, 100 * accuracy), xycoords=("axes fraction", "data"), ha="right",
+                          xytext=(0, 2), textcoords="offset points", fontsize=7.5, color="#777777")  # fmt: skip
+            continue
         axes.annotate(f"exit {layer}", (blocks / layer, 100 * accuracy), xytext=(5, -11), textcoords="offset points",
                       fontsize=7.5, color="#777777")  # fmt: skip
     chosen = record["early_exit"]
@@ -155,6 +160,6 @@ def plot_tradeoff(record: dict[str, Any], path: Path) -> None:
               label=f"chosen: {chosen['layer_speedup']:.2f}x at {100 * chosen['accuracy']:.1f} %")  # fmt: skip
     axes.set_xlabel("layer speedup (blocks / mean exit layer)")
     axes.set_ylabel("test accuracy (%)")
-    axes.set_xlim(0.9, 1.07 * blocks)
+    axes.set_xlim(0.9, 1.07 * max(blocks, min(2 * chosen["layer_speedup"], 4 * blocks)))
     axes.legend(frameon=False, fontsize=8.5, loc="lower left")
     figure.savefig(path)

@@ -8,7 +8,12 @@ import numpy as np
 import torch
 
 from transformers_badge.exit_table import ExitTable, digest_rows
+from transformers_badge.inference.predict import token_limit
 from transformers_badge.model.loss_badge import infer_problem_type
+
+
+# What the lexical exit costs, in blocks: it runs for every row. `benchmarks/lexical.py` measures it.
+LEXICAL_COST = 0.02
 
 
 @torch.no_grad()
@@ -18,6 +23,7 @@ def make_exit_table(
     columns: Sequence[Sequence[str]],
     labels: Any | None = None,
     *,
+    lexical_logits: Any | None = None,
     max_tokens: int | None = None,
     batch_size: int = 64,
     on_batch: Callable[[int], Any] = lambda rows: None,
@@ -29,12 +35,14 @@ def make_exit_table(
         tokenizer: the tokenizer of its encoder.
         columns: one list of texts, or two for pairs.
         labels: (rows,) class indices, or (rows, labels) of 0 and 1. Default: none.
+        lexical_logits: (rows, labels), to stand for what the lexical exit says; of rows that it was fitted to, what
+            `fit_lexical_exit` returns.
         max_tokens: longer texts are cut. Default: what encoder and tokenizer take.
         batch_size: rows per batch; texts of similar length share one.
         on_batch: called with the number of rows that were run, after each batch.
 
     Returns:
-        The table, in the order of the texts; costs are depths.
+        The table, in the order of the texts; costs are depths, and where there is a lexical exit `LEXICAL_COST` more.
 
     Raises:
         ValueError: no rows, a regression model, or labels that do not fit.
@@ -43,8 +51,7 @@ def make_exit_table(
     if rows == 0:
         raise ValueError("There are no texts: give at least one.")
     problem_type = infer_problem_type(model.config.problem_type, model.num_labels, None)
-    limit = min(model.adapter.max_tokens(model.config.encoder_config), tokenizer.model_max_length)
-    limit = limit if max_tokens is None else min(limit, max_tokens)
+    limit = token_limit(model, tokenizer, max_tokens)
     encoded = tokenizer(*[list(column) for column in columns], truncation=True, max_length=limit)
     lengths = np.array([len(ids) for ids in encoded["input_ids"]])
     exits, order = len(model.exit_layers), np.argsort(lengths, kind="stable")
@@ -57,6 +64,8 @@ def make_exit_table(
             chosen = order[start : start + batch_size]
             batch = {name: [values[row] for row in chosen] for name, values in encoded.items()}
             inputs = tokenizer.pad(batch, return_tensors="pt").to(model.device)
+            if lexical_logits is not None:
+                inputs["lexical_logits"] = torch.as_tensor(np.asarray(lexical_logits)[chosen], device=model.device)
             exit_logits[chosen] = model.to_host(model(**inputs).exit_logits)
             on_batch(len(chosen))
     finally:
@@ -64,6 +73,7 @@ def make_exit_table(
     return ExitTable(
         exit_logits=exit_logits,
         exit_layers=tuple(model.exit_layers),
+        costs=np.array(model.exit_layers) + (LEXICAL_COST if model.config.lexical_exit else 0.0),
         problem_type=problem_type,
         labels=None if labels is None else np.asarray(labels, dtype=np.int64),
         lengths=lengths.astype(np.int32),
@@ -78,7 +88,7 @@ def digest_model(model: Any) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -35,11 +35,10 @@ def predict_texts(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     results: list[dict[str, Any]] = [{} for _ in texts]
-    limit = model.adapter.max_tokens(model.config.encoder_config)
     columns = (
         [list(column) for column in zip(*texts, strict=True)] if texts and not isinstance(texts[0], str) else [texts]
     )
-    encoded = tokenizer(*columns, truncation=True, max_length=min(limit, tokenizer.model_max_length))
+    encoded = tokenizer(*columns, truncation=True, max_length=token_limit(model, tokenizer))
     order = sorted(range(len(texts)), key=lambda row: len(encoded["input_ids"][row]))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
@@ -50,6 +49,12 @@ def predict_texts(
             results[row] = {**answer, "exit_layer": layer}
         on_batch(len(rows))
     return results
+
+
+def token_limit(model: Any, tokenizer: Any, max_tokens: int | None = None) -> int:
+    """How many tokens a row may have: what encoder and tokenizer take, or less if asked for."""
+    limits = (model.adapter.max_tokens(model.config.encoder_config), tokenizer.model_max_length, max_tokens)
+    return int(min(limit for limit in limits if limit is not None))
 
 
 def answer_rows(logits: Any, config: Any) -> list[dict[str, Any]]:

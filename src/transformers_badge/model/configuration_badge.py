@@ -43,7 +43,7 @@ class BadgeConfig(PreTrainedConfig):
             (one vector per row, and next to no cost); or every token of `"block_output"` or `"block_input"` (about
             1.4 % of a BERT block's FLOPs at the default width).
         exit_layers: depths that have an exit, ascending, from 1 to the number of blocks; the last block must have one.
-            Default: every block.
+            Default: every block. With `lexical_exit` 0 comes first, whether it is given or not.
         exit_loss_weights: `"linear"` (an exit weighs its depth), `"uniform"`, or one number per exit. The loss is the
             weighted mean over the exits.
         exit_gradient: 1.0 lets the gradients of the exits into the encoder, 0.0 stops them (encoder and source head are
@@ -55,6 +55,13 @@ class BadgeConfig(PreTrainedConfig):
             `"mean"`; or the first token, `"cls"`.
         source_head: the last exit is the classifier that the encoder was fine-tuned with, and reads the encoder alone.
             `BadgeForSequenceClassification.from_classifier` sets it.
+        lexical_exit: whether there is an exit before the first block, a linear classifier over hashed n-grams of the
+            token ids. Every later exit adds its logits to its own, times a learnt gate; but a source head does not. It
+            has to be fitted (`fit_lexical_exit`) before the model is fine-tuned.
+        lexical_buckets: how many buckets n-grams are hashed into; the exit has so many weights per label.
+        lexical_ngrams: up to how many tokens an n-gram has, from 1 to 4.
+        lexical_ignored_ids: token ids that belong to no n-gram and part the texts of a pair. Default: the special
+            tokens that the encoder's config knows; fitting sets those of the tokenizer.
         exit_dropout: dropout before every exit's classifier.
         label_smoothing: smoothing of the loss of every exit. Use this, not Trainer's, which trains the last exit only.
         exit_policy: an `ExitPolicy` or a dict of its fields. The default never leaves early.
@@ -76,6 +83,10 @@ class BadgeConfig(PreTrainedConfig):
     exit_gradient: float | int | Literal["rescaled", "separated"] = 1.0
     pooling: Literal["attention", "mean", "cls"] = "attention"
     source_head: bool = False
+    lexical_exit: bool = False
+    lexical_buckets: int = 2**18
+    lexical_ngrams: int = 2
+    lexical_ignored_ids: list[int] | None = None
     exit_dropout: float | int = 0.1
     label_smoothing: float | int = 0.0
     exit_policy: Any = None
@@ -94,6 +105,8 @@ class BadgeConfig(PreTrainedConfig):
             self.bypass_size = max(1, encoder.hidden_size // (3 if self.bypass_reads == "pooled" else 12))
         if self.exit_layers is None:
             self.exit_layers = list(range(1, encoder.num_hidden_layers + 1))
+        if self.lexical_exit and 0 not in self.exit_layers:
+            self.exit_layers = [0, *self.exit_layers]
         # pipeline() reads this from config.json to find the pipeline that ships with the checkpoint.
         kwargs.setdefault("custom_pipelines", {task: dict(entry) for task, entry in _PIPELINES.items()})
         super().__post_init__(**kwargs)
@@ -110,7 +123,11 @@ class BadgeConfig(PreTrainedConfig):
         layers: list[int] = self.exit_layers  # type: ignore[assignment]
         if self.bypass_size < 0:  # type: ignore[operator]
             raise ValueError(f"bypass_size must be 0 (no bypasses) or a positive width, got {self.bypass_size}.")
-        if not layers or layers != sorted(set(layers)) or layers[0] < 1 or layers[-1] != blocks:
+        if not self.lexical_exit and 0 in layers:
+            raise ValueError(
+                f"exit_layers has an exit before the first block, which takes lexical_exit=True: got {layers}."
+            )
+        if not layers or layers != sorted(set(layers)) or layers[0] < 0 or layers[-1] != blocks:
             raise ValueError(
                 f"exit_layers must be ascending depths from 1 to {blocks} that end with the last block, {blocks}, "
                 f"got {layers}."
@@ -132,6 +149,12 @@ class BadgeConfig(PreTrainedConfig):
                 f"With source_head=True the labels are the source's, {self.encoder_config.num_labels} of them, "  # type: ignore[union-attr]
                 f"got num_labels={self.num_labels}."
             )
+        if not 1 <= self.lexical_ngrams <= 4:
+            raise ValueError(f"lexical_ngrams must be from 1 to 4, got {self.lexical_ngrams}.")
+        if self.lexical_buckets < 2:
+            raise ValueError(
+                f"lexical_buckets must be at least 2, and is best above 100,000; got {self.lexical_buckets}."
+            )
         self.exit_policy.thresholds(len(layers))
 
     @property
@@ -142,10 +165,19 @@ class BadgeConfig(PreTrainedConfig):
     @property
     def bypass_layers(self) -> list[int]:
         """Depths with a bypass. The last exit reads the encoder alone, so none stands behind the last but one."""
-        *inner, _ = self.exit_layers or [0]
+        inner = [layer for layer in (self.exit_layers or [])[:-1] if layer > 0]
         if not self.bypass_size or not inner:
             return []
         return inner if self.bypass_reads == "pooled" else list(range(1, inner[-1] + 1))
+
+    @property
+    def ignored_ids(self) -> list[int]:
+        """The token ids that the lexical exit leaves out."""
+        if self.lexical_ignored_ids is not None:
+            return self.lexical_ignored_ids
+        names = ("pad", "bos", "eos", "cls", "sep")
+        known = {getattr(self.get_text_config(), f"{name}_token_id", None) for name in names}
+        return sorted(token for token in known if isinstance(token, int))
 
     def gradient_scales(self, exit_index: int) -> tuple[float, float]:
         """What is left of the gradient of exit `exit_index` (from 0), and of the gradient from behind it."""

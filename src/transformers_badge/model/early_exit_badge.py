@@ -25,11 +25,14 @@ class Stages(Protocol[State]):
 
     exit_layers: list[int]
 
+    def embed(self, state: State) -> State:
+        """The rows as the first block takes them."""
+
     def run_block(self, layer: int, state: State) -> State:
         """Block `layer` (from 1) and its bypass."""
 
     def read_exit(self, exit_index: int, state: State) -> Any:
-        """Logits (rows, labels) of exit `exit_index` (from 0)."""
+        """Logits (rows, labels) of exit `exit_index` (from 0); one at depth 0 is read before the rows are embedded."""
 
     def compact(self, state: State, rows: Array | None, columns: slice, padded: bool) -> State:
         """Keep these rows (indices into the state's; `None`: all) and token columns; `padded`: some padding is left."""
@@ -44,24 +47,28 @@ def run_blocks(
     on_exit: Callable[[int, State], State | None],
     on_block: Callable[[int, State], None] = lambda layer, state: None,
 ) -> None:
-    """Run block after block.
+    """Embed the rows and run block after block.
 
     Args:
         stages: the model.
-        state: of the rows as embedded.
+        state: of the rows before they are embedded.
         on_exit: called with the index of each exit reached and the state; hands back the state to go on with, or `None`
             to stop.
-        on_block: called after each block with its layer and the state.
+        on_block: called with 0 and the state after the embedding, and with its layer and the state after each block.
     """
     exits = {layer: index for index, layer in enumerate(stages.exit_layers)}
-    for layer in range(1, stages.exit_layers[-1] + 1):
-        state = stages.run_block(layer, state)
-        on_block(layer, state)
+    for layer in range(stages.exit_layers[-1] + 1):
+        if layer > 0:
+            state = stages.run_block(layer, state)
+            on_block(layer, state)
         if layer in exits:
             next_state = on_exit(exits[layer], state)
             if next_state is None:
                 return
             state = next_state
+        if layer == 0:  # rows that leave at an exit of depth 0 are not even embedded
+            state = stages.embed(state)
+            on_block(0, state)
 
 
 def token_columns(mask: Array) -> slice:
@@ -77,7 +84,7 @@ def predict_with_policy(
 
     Args:
         stages: the model.
-        state: of all rows, as embedded.
+        state: of all rows, before they are embedded.
         mask: (rows, tokens), bool: which columns of which rows hold a token.
         policy: when to leave; at the last exit everyone does.
 

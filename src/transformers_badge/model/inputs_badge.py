@@ -62,6 +62,33 @@ def check_inputs(input_ids: Any, attention_mask: Any, inputs_embeds: Any, vocab_
             raise ValueError(f"attention_mask is all zero in row {empty[0]}: every row needs at least one token.")
 
 
+def check_lexical(lexical_logits: Any, input_ids: Any, shape: tuple[int, int], lexical_exit: bool) -> None:
+    """Check what the lexical exit needs.
+
+    Args:
+        shape: (rows, labels).
+
+    Raises:
+        TypeError: lexical_logits is not a tensor.
+        ValueError: it has another shape, or values that are not finite, or the model has no lexical exit; or there is
+            nothing for the lexical exit to read.
+    """
+    if lexical_logits is None:
+        if lexical_exit and input_ids is None:
+            raise ValueError(
+                "The lexical exit reads input_ids: give these instead of inputs_embeds, or give lexical_logits as well."
+            )
+        return
+    if not lexical_exit:
+        raise ValueError("lexical_logits are of use to a model with lexical_exit=True only: leave them out.")
+    if not isinstance(lexical_logits, Tensor):
+        raise TypeError(f"lexical_logits must be a tensor, got {type(lexical_logits).__name__}.")
+    if tuple(lexical_logits.shape) != shape:
+        raise ValueError(f"lexical_logits must have the shape {shape}, got {tuple(lexical_logits.shape)}.")
+    if not torch.compiler.is_compiling() and not bool(lexical_logits.isfinite().all()):
+        raise ValueError("lexical_logits must be finite, got NaN or infinity.")
+
+
 def check_labels(labels: Any, rows: int, num_labels: int, problem_type: str) -> Tensor:
     """Labels in the type and shape that the loss takes.
 

@@ -6,6 +6,8 @@
     b_m = b_{m-1} + up_m(gelu(down_m(norm(p_m + b_{m-1}))))
     z_m = head_m(p_m + b_m)             exit m's logits
 
+With a lexical exit z_0 is its logits, and every later exit adds gate_m * z_0 to its own; see `lexical_badge`.
+
 Block-wise bypasses and divergence-based exiting are from Zhu et al., ACL 2023 Industry Track, doi
 10.18653/v1/2023.acl-industry.48. What the bypass reads, its width and the loss weights are choices of this project.
 """
@@ -13,6 +15,7 @@ Block-wise bypasses and divergence-based exiting are from Zhu et al., ACL 2023 I
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,9 +28,10 @@ from transformers import initialization as init
 from .configuration_badge import BadgeConfig
 from .early_exit_badge import predict_with_policy, run_blocks
 from .encoders_badge import get_adapter
-from .inputs_badge import check_inputs, check_labels
+from .inputs_badge import check_inputs, check_labels, check_lexical
+from .lexical_badge import LexicalExit
 from .loss_badge import exit_losses, infer_problem_type, weighted_loss
-from .modules_badge import BadgeBypass, BadgeExit, ZeroInitLinear, scale_gradient
+from .modules_badge import BadgeBypass, BadgeExit, LexicalGate, ZeroInitLinear, scale_gradient
 from .outputs_badge import BadgeClassifierOutput, BlockState, EarlyExitOutput
 from .policy_badge import ExitPolicy
 from .sources_badge import load_classifier, load_encoder, new_classifier, source_config
@@ -53,6 +57,11 @@ class BadgePreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, ZeroInitLinear):  # a fresh bypass changes nothing
             init.zeros_(module.weight)
+        elif isinstance(module, LexicalGate):  # later exits learn what is left to say
+            init.ones_(module.weight)
+        elif isinstance(module, LexicalExit):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -97,8 +106,10 @@ class BadgeForSequenceClassification(BadgePreTrainedModel):
         elif encoder is None:
             encoder = AutoModel.from_config(config.encoder_config, **self.adapter.encoder_arguments())
         self.encoder: Any = encoder
-        *inner, _ = self.exit_layers
-        self.exits = nn.ModuleList(BadgeExit(config, with_norm=self.adapter.pre_norm) for _ in inner)
+        self.exits = nn.ModuleList(
+            BadgeExit(config, with_norm=self.adapter.pre_norm) if layer else LexicalExit(config)
+            for layer in self.exit_layers[:-1]
+        )
         self.exits.append(source_head or BadgeExit(config, with_norm=False))
         self.bypass_layers = config.bypass_layers
         self.bypasses = nn.ModuleList(
@@ -194,6 +205,7 @@ class BadgeForSequenceClassification(BadgePreTrainedModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        lexical_logits: Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> BadgeClassifierOutput | tuple[Any, ...]:
@@ -206,6 +218,8 @@ class BadgeForSequenceClassification(BadgePreTrainedModel):
             position_ids: (rows, tokens). Default: counted from each row's first token.
             inputs_embeds: (rows, tokens, hidden), instead of input_ids.
             labels: (rows,) int64, or (rows, labels) float for multi-label and regression.
+            lexical_logits: (rows, labels), to stand for what the lexical exit says: of rows that it was fitted to, what
+                `fit_lexical_exit` returns, or the later exits would learn to trust it too much.
             output_hidden_states: also return h_0 to h_L. Default: what the config says.
             return_dict: `False` gives a tuple. Default: what the config says.
 
@@ -218,14 +232,16 @@ class BadgeForSequenceClassification(BadgePreTrainedModel):
         config = self.config
         problem_type = infer_problem_type(config.problem_type, self.num_labels, labels)
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        tokens = self._check(input_ids, attention_mask, inputs_embeds)
+        tokens = self._check(input_ids, attention_mask, inputs_embeds, lexical_logits)
         if labels is not None:
             labels = check_labels(labels, len(tokens), self.num_labels, problem_type)
             config.problem_type = problem_type  # as in transformers: the labels settle what the config left open
-        state = self._embed(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        state = self._begin(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, lexical_logits=lexical_logits
+        )
 
         exit_logits: list[Tensor] = []
-        hidden_states = [state.hidden_states]
+        hidden_states: list[Any] = []
 
         def on_exit(index: int, state: BlockState) -> BlockState:
             exit_logits.append(self.read_exit(index, state))
@@ -291,12 +307,12 @@ class BadgeForSequenceClassification(BadgePreTrainedModel):
         tokens = self._check(input_ids, attention_mask, inputs_embeds)
         mask = np.ones(tokens.shape[:2], dtype=bool) if attention_mask is None else attention_mask.cpu().numpy() > 0
         with self._without_dropout():
-            state = self._embed(
+            state = self._begin(
                 input_ids, None if mask.all() else attention_mask, token_type_ids, position_ids, inputs_embeds
             )
             exit_logits, exit_taken = predict_with_policy(self, state, mask, self.num_labels, policy, problem_type)
-        device, dtype = state.hidden_states.device, state.hidden_states.dtype
-        logits = torch.from_numpy(exit_logits).to(device, dtype)
+        device = tokens.device
+        logits = torch.from_numpy(exit_logits).to(device, self.dtype)
         return EarlyExitOutput(
             logits=logits[torch.arange(len(mask), device=device), torch.from_numpy(exit_taken).to(device)],
             exit_layer=torch.tensor(self.exit_layers)[torch.from_numpy(exit_taken)].to(device),
@@ -314,40 +330,50 @@ class BadgeForSequenceClassification(BadgePreTrainedModel):
             for module in training:
                 module.training = True
 
-    def _check(self, input_ids: Any, attention_mask: Any, inputs_embeds: Any) -> Tensor:
+    def _check(self, input_ids: Any, attention_mask: Any, inputs_embeds: Any, lexical_logits: Any = None) -> Tensor:
         """The tokens of a batch, ids or embeddings, once it is known to be sound."""
         config = self.config.get_text_config()
         check_inputs(input_ids, attention_mask, inputs_embeds, config.vocab_size, self.adapter.max_tokens(config))
-        return input_ids if inputs_embeds is None else inputs_embeds  # type: ignore[no-any-return]
+        tokens: Tensor = input_ids if inputs_embeds is None else inputs_embeds
+        check_lexical(lexical_logits, input_ids, (len(tokens), self.num_labels), self.config.lexical_exit)
+        return tokens
 
     # The stages of the loop over blocks (see early_exit_badge.Stages).
 
-    def _embed(
+    def _begin(
         self,
         input_ids: Tensor | None,
         attention_mask: Tensor | None,
         token_type_ids: Tensor | None,
         position_ids: Tensor | None,
         inputs_embeds: Tensor | None,
+        lexical_logits: Tensor | None = None,
     ) -> BlockState:
-        """The state of all rows before the first block."""
-        tokens: Any = input_ids if inputs_embeds is None else inputs_embeds
-        if position_ids is None:
+        """The state of all rows before they are embedded."""
+        inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "token_type_ids": token_type_ids}
+        if self.config.lexical_exit:
+            lexical: Any = self.exits[0]
+            if lexical_logits is None:
+                lexical_logits = lexical(input_ids, attention_mask)
+            else:
+                lexical_logits = lexical_logits.to(lexical.weight.dtype)
+        return BlockState(inputs, attention_mask, position_ids, lexical_logits)
+
+    def embed(self, state: BlockState) -> BlockState:
+        """The rows before the first block."""
+        positions, mask = state.position_ids, state.attention_mask
+        if positions is None:
+            tokens: Any = next(value for value in state.inputs.values() if value is not None)
             columns = torch.arange(tokens.shape[1], device=tokens.device)
-            position_ids = self.adapter.position_ids(self.encoder.config, columns, input_ids, attention_mask)
-        inputs = {
-            "input_ids": input_ids,
-            "inputs_embeds": inputs_embeds,
-            "token_type_ids": token_type_ids,
-            "position_ids": position_ids,
-        }
+            positions = self.adapter.position_ids(self.encoder.config, columns, state.inputs["input_ids"], mask)
         with self._encoder_gradients():
-            hidden_states = self.adapter.embed(self.encoder, inputs, attention_mask)
-            arguments = self.adapter.block_arguments(self.encoder, hidden_states, attention_mask, position_ids)
-        return BlockState(hidden_states, None, None, attention_mask, position_ids, arguments)
+            hidden_states = self.adapter.embed(self.encoder, {**state.inputs, "position_ids": positions}, mask)
+            arguments = self.adapter.block_arguments(self.encoder, hidden_states, mask, positions)
+        return replace(state, inputs={}, position_ids=positions, hidden_states=hidden_states, block_arguments=arguments)
 
     def run_block(self, layer: int, state: BlockState) -> BlockState:
         """Block `layer` (from 1), its bypass, and what its exit reads."""
+        assert state.hidden_states is not None
         with self._encoder_gradients():
             hidden_states = self.adapter.run_block(self.encoder, layer, state.hidden_states, state.block_arguments)
         bypass_state, pooled, onward = state.bypass_state, None, 1.0
@@ -366,13 +392,11 @@ class BadgeForSequenceClassification(BadgePreTrainedModel):
             if not on_tokens and self.bypass_layers:
                 bypass_state = self._bypass(layer, pooled, bypass_state)
                 pooled = pooled + bypass_state
-        return BlockState(
-            scale_gradient(hidden_states, onward),
-            None if bypass_state is None else scale_gradient(bypass_state, onward),
-            pooled,
-            state.attention_mask,
-            state.position_ids,
-            state.block_arguments,
+        return replace(
+            state,
+            hidden_states=scale_gradient(hidden_states, onward),
+            bypass_state=None if bypass_state is None else scale_gradient(bypass_state, onward),
+            pooled=pooled,
         )
 
     def _bypass(self, layer: int, reading: Tensor, bypass_state: Tensor | None) -> Tensor:
@@ -383,8 +407,11 @@ class BadgeForSequenceClassification(BadgePreTrainedModel):
     def read_exit(self, exit_index: int, state: BlockState) -> Tensor:
         """Logits (rows, labels) of exit `exit_index` (from 0)."""
         exit_: Any = self.exits[exit_index]
+        if state.hidden_states is None:
+            assert state.lexical_logits is not None
+            return state.lexical_logits
         if state.pooled is not None:
-            return exit_(state.pooled)  # type: ignore[no-any-return]
+            return exit_(state.pooled, state.lexical_logits)  # type: ignore[no-any-return]
         # The last exit reads the encoder alone, through its final norm.
         tokens = self._read_from_encoder(state.hidden_states)
         norm = self.adapter.final_norm(self.encoder)
@@ -394,26 +421,35 @@ class BadgeForSequenceClassification(BadgePreTrainedModel):
         if self.config.source_head:
             with self._encoder_gradients():
                 return self.adapter.classify(self.encoder, exit_, tokens, state.attention_mask)
-        return exit_(exit_.pool(tokens, state.attention_mask))  # type: ignore[no-any-return]
+        pooled = exit_.pool(tokens, state.attention_mask)
+        return exit_(pooled, state.lexical_logits)  # type: ignore[no-any-return]
 
     def compact(self, state: BlockState, rows: Any, columns: slice, padded: bool) -> BlockState:
         """Keep these rows (`None`: all) and columns of the state."""
-        index = None if rows is None else torch.from_numpy(rows).to(state.hidden_states.device)
 
         def keep(tensor: Tensor | None, shared: bool = False, pooled: bool = False) -> Tensor | None:
             if tensor is None:
                 return None
             kept = tensor if pooled else tensor[:, columns]
-            return kept if index is None or shared else kept.index_select(0, index)
+            return kept if rows is None or shared else kept.index_select(0, torch.from_numpy(rows).to(kept.device))
 
         hidden_states = keep(state.hidden_states)
-        assert hidden_states is not None
         mask = keep(state.attention_mask) if padded else None
         positions = state.position_ids
         positions = keep(positions, shared=positions is not None and len(positions) == 1)
-        arguments = self.adapter.block_arguments(self.encoder, hidden_states, mask, positions)
-        bypass_state = keep(state.bypass_state, pooled=self.config.bypass_reads == "pooled")
-        return BlockState(hidden_states, bypass_state, None, mask, positions, arguments)
+        arguments = {}
+        if hidden_states is not None:
+            arguments = self.adapter.block_arguments(self.encoder, hidden_states, mask, positions)
+        return BlockState(
+            {name: keep(value) for name, value in state.inputs.items()},
+            mask,
+            positions,
+            keep(state.lexical_logits, pooled=True),
+            hidden_states,
+            keep(state.bypass_state, pooled=self.config.bypass_reads == "pooled"),
+            None,
+            arguments,
+        )
 
     def to_host(self, logits: Tensor) -> Any:
         """Logits in numpy: the one wait for the device at each exit."""

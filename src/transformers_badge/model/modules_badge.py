@@ -12,6 +12,18 @@ class ZeroInitLinear(nn.Linear):
     """A linear layer whose weights start at zero. A class of its own, so that `_init_weights` can tell it apart."""
 
 
+class LexicalGate(nn.Module):
+    """Adds the lexical exit's logits to those of a later exit, times one number that is learnt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, logits: Tensor, lexical_logits: Tensor) -> Tensor:
+        """Both of the shape (rows, labels)."""
+        return logits + self.weight * lexical_logits
+
+
 class BadgeBypass(nn.Module):
     """The bottleneck beside a block; on pooled rows (rows, hidden) or on tokens (rows, tokens, hidden)."""
 
@@ -40,6 +52,7 @@ class BadgeExit(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size) if with_norm else nn.Identity()
         if self.pooling == "attention":
             self.query = ZeroInitLinear(config.hidden_size, 1, bias=False)
+        self.lexical_gate = LexicalGate() if config.lexical_exit else None
         self.dropout = nn.Dropout(config.exit_dropout)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
 
@@ -60,9 +73,10 @@ class BadgeExit(nn.Module):
             weights = scores.softmax(dim=-1)
         return torch.bmm(weights, tokens)[:, 0]
 
-    def forward(self, pooled: Tensor) -> Tensor:
-        """Logits (rows, labels) from pooled rows (rows, hidden)."""
-        return self.classifier(self.dropout(pooled))  # type: ignore[no-any-return]
+    def forward(self, pooled: Tensor, lexical_logits: Tensor | None = None) -> Tensor:
+        """Logits (rows, labels) from pooled rows (rows, hidden), and from what the lexical exit says (rows, labels)."""
+        logits: Tensor = self.classifier(self.dropout(pooled))
+        return logits if self.lexical_gate is None else self.lexical_gate(logits, lexical_logits)
 
 
 def scale_gradient(tensor: Tensor, scale: float) -> Tensor:

@@ -1,6 +1,6 @@
 """What the model returns, and the state that it carries from block to block."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -30,7 +30,7 @@ class EarlyExitOutput(ModelOutput):
 
     Args:
         logits: (rows, labels), of the exit that each row took.
-        exit_layer: (rows,), int64: how many blocks ran for the row.
+        exit_layer: (rows,), int64: how many blocks ran for the row; 0 for the lexical exit.
         exit_logits: (rows, exits, labels), NaN where an exit was not reached, if asked for.
     """
 
@@ -41,11 +41,14 @@ class EarlyExitOutput(ModelOutput):
 
 @dataclass
 class BlockState:
-    """The rows that are inside, after some block."""
+    """The rows that are inside, before they are embedded or after some block."""
 
-    hidden_states: Tensor  # (rows, tokens, hidden), h: the encoder's stream
-    bypass_state: Tensor | None  # b, (rows, hidden), or of the shape of h; None stands for zeros
-    pooled: Tensor | None  # (rows, hidden), what the exit here classifies; None where there is none
+    inputs: dict[str, Tensor | None]  # input_ids or inputs_embeds, token_type_ids; empty once the rows are embedded
     attention_mask: Tensor | None  # (rows, tokens); None: no padding
     position_ids: Tensor | None  # (rows or 1, tokens)
-    block_arguments: dict[str, Any]  # what the blocks need besides, made by the adapter for these rows and columns
+    lexical_logits: Tensor | None = None  # (rows, labels), what the lexical exit says; None where there is none
+    hidden_states: Tensor | None = None  # (rows, tokens, hidden), h: the encoder's stream; None before the embedding
+    bypass_state: Tensor | None = None  # b, (rows, hidden), or of the shape of h; None stands for zeros
+    pooled: Tensor | None = None  # (rows, hidden), what the exit here classifies; None where there is none
+    # What the blocks need besides, made by the adapter for these rows and columns.
+    block_arguments: dict[str, Any] = field(default_factory=dict)

@@ -30,6 +30,7 @@ def convert_classifier(
     temperature: float = 1.0,
     batch_size: int = 32,
     max_tokens: int | None = None,
+    lexical_exit: bool = True,
     seed: int = 0,
     **fields: Any,
 ) -> dict[str, Any]:
@@ -51,6 +52,7 @@ def convert_classifier(
         temperature: of the answers that the exits learn.
         batch_size: rows per step.
         max_tokens: longer texts are cut. Default: what encoder and tokenizer take.
+        lexical_exit: whether there is an exit before the first block, which reads the words alone.
         seed: of everything random.
         **fields: of `BadgeConfig`, such as `exit_layers`, `bypass_size`, `pooling`; or of loading, as in
             `from_classifier`.
@@ -68,37 +70,55 @@ def convert_classifier(
 
     from transformers_badge.calibration.calibrate import calibrate
     from transformers_badge.inference.exit_logits import make_exit_table
+    from transformers_badge.inference.predict import token_limit
+    from transformers_badge.model.criteria_badge import exit_probabilities
     from transformers_badge.model.loss_badge import infer_problem_type
     from transformers_badge.model.modeling_badge import BadgeForSequenceClassification
     from transformers_badge.model.sources_badge import LOADING_ARGUMENTS
     from transformers_badge.training.fine_tune import make_trainer, tokenize
     from transformers_badge.training.kept_states import can_keep, kept_in_place
+    from transformers_badge.training.lexical import fit_lexical_exit
     from transformers_badge.training.recipes import CONVERSION, applied
 
     output = Path(output_dir)
     columns = _columns(texts)
     settings: dict[str, Any] = {
         "max_disagreement": max_disagreement, "criterion": criterion, "epochs": epochs, "learning_rate": learning_rate,
-        "temperature": temperature, "batch_size": batch_size, "max_tokens": max_tokens, "seed": seed,
+        "temperature": temperature, "batch_size": batch_size, "max_tokens": max_tokens,
+        "lexical_exit": lexical_exit, "seed": seed,
     }  # fmt: skip
     _check_settings(settings, len(texts), labels)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise OSError(f"{output} exists and is not an empty folder: choose another one, or remove it first.")
 
     set_seed(seed)
-    model = BadgeForSequenceClassification.from_classifier(source, **fields)
+    model = BadgeForSequenceClassification.from_classifier(source, lexical_exit=lexical_exit, **fields)
     problem_type = infer_problem_type(model.config.problem_type, model.num_labels, None)
     _check_model(model, problem_type, labels)
     loading = {name: value for name, value in fields.items() if name in LOADING_ARGUMENTS}
     tokenizer = AutoTokenizer.from_pretrained(source, **loading)
-    limit = min(model.adapter.max_tokens(model.config.encoder_config), tokenizer.model_max_length)
-    limit = limit if max_tokens is None else min(limit, max_tokens)
+    limit = token_limit(model, tokenizer, max_tokens)
 
     identity = {**settings, "fields": fields, "source": str(source), "texts": _digest(columns, labels)}
     work = _open_work(output, identity)
     rows = tokenize(tokenizer, columns, labels, limit)
     order = np.random.default_rng(seed).permutation(len(rows))
     chosen, reported, taught = np.split(order, np.cumsum(_kept_rows(len(rows))))
+
+    def pick(part: Any) -> list[list[str]]:
+        return [[column[row] for row in part] for column in columns]
+
+    def table_of(part: Any, lexical_logits: Any = None) -> Any:
+        return make_exit_table(model, tokenizer, pick(part), lexical_logits=lexical_logits, max_tokens=limit)
+
+    taught_rows, lexical_logits = rows.select(taught), None
+    if model.config.lexical_exit:
+        answers = exit_probabilities(table_of(taught).exit_logits[:, -1:], problem_type)[:, :, 0]
+        answers = answers[:, 0] if problem_type == "single_label_classification" else answers[..., 1]
+        if labels is not None:  # half and half, as for the other exits
+            answers = (answers + np.eye(model.num_labels)[np.asarray(labels)[taught]]) / 2
+        taught_rows = fit_lexical_exit(model, tokenizer, taught_rows, answers, seed=seed)
+        lexical_logits = np.array(taught_rows["lexical_logits"])
     with applied(CONVERSION, model):
 
         def trainer_of(rows: Any, **more: Any) -> Any:
@@ -108,21 +128,18 @@ def convert_classifier(
                 **more,
             )  # fmt: skip
 
-        through_the_encoder = trainer_of(rows.select(taught))
-        if labels is None and can_keep(model):
-            with kept_in_place(model, through_the_encoder, work / "states.npy") as kept:
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            pass  # exit 0 is all there is, and it is fitted
+        elif labels is None and can_keep(model):
+            with kept_in_place(model, trainer_of(taught_rows), work / "states.npy") as kept:
                 _train(trainer_of(kept, collator=default_data_collator), work)
         else:
-            _train(through_the_encoder, work)
+            _train(trainer_of(taught_rows), work)
     model.eval()
 
-    def pick(part: Any) -> list[list[str]]:
-        return [[column[row] for row in part] for column in columns]
-
-    def table_of(part: Any) -> Any:
-        return make_exit_table(model, tokenizer, pick(part), max_tokens=limit)
-
-    learn_from = table_of(taught[:RULE_ROWS]) if criterion == "learned" else None
+    learn_from = None
+    if criterion == "learned":
+        learn_from = table_of(taught[:RULE_ROWS], None if lexical_logits is None else lexical_logits[:RULE_ROWS])
     model.config.exit_policy = calibrate(table_of(chosen), criterion, max_risk=max_disagreement, learn_from=learn_from)
     report = {
         "source": Path(source).name,

@@ -71,7 +71,8 @@ def fit(
     """Train a model by a recipe.
 
     Args:
-        train_rows, validation_rows: as `tokenize` makes them, with labels.
+        train_rows, validation_rows: as `tokenize` makes them, with labels. A lexical exit is fitted to the first,
+            unless they have `lexical_logits`, which `fit_lexical_exit` adds.
         output_dir: where Trainer may write.
         recipe: a name of `recipes.RECIPES`; a recipe of two stages spends half of the epochs on each.
         epochs: passes over the rows, in all.
@@ -83,8 +84,11 @@ def fit(
     Raises:
         ValueError: there is no such recipe.
     """
+    from transformers_badge.training.lexical import fit_lexical_exit
     from transformers_badge.training.recipes import applied, get_recipe
 
+    if model.config.lexical_exit and "lexical_logits" not in train_rows.column_names:
+        train_rows = fit_lexical_exit(model, tokenizer, train_rows)
     for stage in get_recipe(recipe):
         with applied(stage, model):
             trainer = make_trainer(

@@ -51,14 +51,17 @@ class KeptStates(BertAdapter):
 class KeptRows(Dataset):  # type: ignore[type-arg]
     """Kept states as a data set, read from disk as they are asked for."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, lexical: slice | None = None) -> None:
         self.states = np.load(path, mmap_mode="c")
+        self.lexical = lexical  # where in the last kept state of a row stands what the lexical exit says
 
     def __len__(self) -> int:
         return len(self.states)
 
     def __getitem__(self, row: int) -> dict[str, Tensor]:
-        return {"inputs_embeds": torch.from_numpy(self.states[row])}
+        states = torch.from_numpy(self.states[row])
+        inputs = {"inputs_embeds": states}
+        return inputs if self.lexical is None else {**inputs, "lexical_logits": states[-1, self.lexical]}
 
 
 def can_keep(model: Any) -> bool:
@@ -66,7 +69,7 @@ def can_keep(model: Any) -> bool:
     config = model.config
     on_rows = config.bypass_reads == "pooled" or not config.bypass_size
     fixed = config.pooling != "attention" and not model.adapter.pre_norm  # else query or norm see every token
-    return bool(config.frozen and on_rows and fixed and config.num_labels <= config.hidden_size)
+    return bool(config.frozen and on_rows and fixed and 2 * config.num_labels <= config.hidden_size)
 
 
 @contextmanager
@@ -85,8 +88,8 @@ def kept_in_place(model: Any, trainer: Any, path: Path) -> Iterator[KeptRows]:
 def keep_states(model: Any, dataloader: Any, rows: int, path: Path) -> KeptRows:
     """Run the encoder over all rows once and write what the exits read: (rows, exits, hidden), float32.
 
-    In the place of the last exit stand the source's logits, so that the order of the rows is of no account. A file that
-    is there already is taken as it is; an interrupted run leaves none.
+    In the place of the last exit stand the source's logits and then the rows' lexical_logits, so that the order of the
+    rows is of no account. A file that is there already is taken as it is; an interrupted run leaves none.
 
     Args:
         model: a converted model for which `can_keep` holds.
@@ -96,13 +99,15 @@ def keep_states(model: Any, dataloader: Any, rows: int, path: Path) -> KeptRows:
     """
     from tqdm.auto import tqdm
 
+    labels = model.num_labels
+    lexical = slice(labels, 2 * labels) if model.config.lexical_exit else None
     if path.exists():
-        return KeptRows(path)
+        return KeptRows(path, lexical)
     model.eval()
-    inner, layers = model.exits[:-1], model.exit_layers[:-1]
+    layers = model.exit_layers
     unfinished = path.with_suffix(".unfinished")
     kept = np.lib.format.open_memmap(
-        unfinished, mode="w+", dtype=np.float32, shape=(rows, len(layers) + 1, model.config.hidden_size)
+        unfinished, mode="w+", dtype=np.float32, shape=(rows, len(layers), model.config.hidden_size)
     )
     start = 0
     with tqdm(total=rows, desc="one pass through the encoder", unit="row") as bar:
@@ -110,12 +115,15 @@ def keep_states(model: Any, dataloader: Any, rows: int, path: Path) -> KeptRows:
             mask = batch["attention_mask"]
             output = model(**batch, output_hidden_states=True)
             here = kept[start : start + len(mask)]
-            for index, (exit_, layer) in enumerate(zip(inner, layers, strict=True)):
-                here[:, index] = exit_.pool(output.hidden_states[layer], mask).float().cpu().numpy()
-            here[:, -1] = 0
-            here[:, -1, : model.num_labels] = output.logits.float().cpu().numpy()
+            for index, layer in enumerate(layers[:-1]):
+                if layer > 0:
+                    pooled = model.exits[index].pool(output.hidden_states[layer], mask)
+                    here[:, index] = pooled.float().cpu().numpy()
+            here[:, -1, :labels] = output.logits.float().cpu().numpy()
+            if lexical is not None:
+                here[:, -1, lexical] = batch["lexical_logits"].float().cpu().numpy()
             start += len(mask)
             bar.update(len(mask))
     kept.flush()
     os.replace(unfinished, path)
-    return KeptRows(path)
+    return KeptRows(path, lexical)

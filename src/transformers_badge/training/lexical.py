@@ -1,0 +1,338 @@
+"""Fitting exit 0: a convex problem, solved once before the fine-tuning.
+
+The weights of a row's n-grams are
+
+    W = R * V + s U M
+
+V, what is learned of every n-gram, is stretched by R, the naive Bayes log ratio of how often a class has it (Wang and
+Manning, "Baselines and Bigrams", ACL 2012). U holds the encoder's own embeddings of the single tokens, so that M speaks
+for words that the texts do not have as well. Both are drawn to zero alike; the sum is an ordinary table of weights, and
+what was learned through the embeddings costs nothing later.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+from scipy.optimize import minimize
+from scipy.special import expit, log_expit, log_softmax, softmax
+
+from transformers_badge.model.lexical_badge import ngram_buckets
+from transformers_badge.model.loss_badge import infer_problem_type
+
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+MOST_ROWS = 1_000_000  # that are fitted to, drawn at random: memory is bounded
+FOLDS = 5
+# Penalties of the squared weights, from strict to bold; the first is a constant answer, for where words say nothing.
+PENALTIES = (float("inf"), 3.0, 1.0, 0.3, 0.1, 0.03)
+_EMBEDDING_SCALE = 0.03  # s; chosen on movie reviews, product reviews and tweets
+_STEPS, _TOLERANCE = 200, 1e-5  # of the solver: at most so many, until the loss falls by no larger a share
+_CHUNK = 1024  # rows that are hashed at a time
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Rows to fit to.
+
+    Args:
+        counts: (rows, used buckets), sparse: n-grams, over the square root of how many a row has.
+        targets: (rows, labels).
+        known: (some,), those of the used buckets that have an embedding.
+        embeddings: (some, hidden), float32: these rows of U.
+        kind: the problem type.
+    """
+
+    counts: Any
+    targets: Array
+    known: Array
+    embeddings: Array
+    kind: str
+
+    def select(self, rows: Array) -> "Problem":
+        """The problem of some rows."""
+        return replace(self, counts=self.counts[rows], targets=self.targets[rows])
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What was learned: R * V (used buckets, labels), s M (hidden, labels) and the constant (labels,)."""
+
+    words: Array
+    meanings: Array
+    bias: Array
+
+    def answers(self, problem: Problem) -> Array:
+        """Logits (rows, labels)."""
+        weights = self.words.copy()
+        weights[problem.known] += problem.embeddings @ self.meanings.astype(np.float32)
+        return np.asarray(problem.counts @ weights + self.bias)
+
+
+def fit_lexical_exit(
+    model: Any,
+    tokenizer: Any,
+    rows: Any,
+    targets: Any | None = None,
+    *,
+    seed: int = 0,
+    show_progress: bool = True,
+) -> Any:
+    """Fit the lexical exit of a model to tokenized rows; the rest of the model stays as it is.
+
+    How much it may rely on single words is chosen on rows held out, for overconfidence at exit 0 is what hurts. Where
+    words say nothing, the exit learns to answer all rows nearly alike.
+
+    Args:
+        model: a `BadgeForSequenceClassification` with `lexical_exit=True`.
+        tokenizer: the tokenizer of its encoder; its special tokens will be left out.
+        rows: a `datasets.Dataset` with `input_ids`, not padded.
+        targets: (rows,) class indices or values, or (rows, labels) probabilities or values. Default: the `labels` of
+            the rows.
+        seed: of the folds.
+
+    Returns:
+        The rows with one more column, `lexical_logits`: what an exit fitted to the other rows says of each. `forward`
+        takes it, so that what is trained on these rows learns how far the exit is to be trusted on new ones.
+
+    Raises:
+        ValueError: the model has no lexical exit, fewer rows than folds, or targets that do not fit.
+
+    Example:
+        >>> model = BadgeForSequenceClassification.from_encoder("google-bert/bert-base-uncased", lexical_exit=True)
+        >>> rows = fit_lexical_exit(model, tokenizer, rows)
+        >>> Trainer(model=model, train_dataset=rows, processing_class=tokenizer, ...).train()
+    """
+    import torch
+    from tqdm.auto import tqdm
+
+    if not model.config.lexical_exit:
+        raise ValueError("The model has no lexical exit: make it with lexical_exit=True.")
+    if len(rows) < FOLDS:
+        raise ValueError(f"There are {len(rows)} rows: the lexical exit needs at least {FOLDS} to be fitted.")
+    if targets is None:
+        if "labels" not in rows.column_names:
+            raise ValueError("The rows have no labels: give targets, or rows with labels.")
+        targets = rows["labels"]
+    kind, goals = _goals(model, targets, len(rows))
+    center, spread = np.zeros(goals.shape[1]), np.ones(goals.shape[1])
+    if kind == "regression":  # penalties are for values of the size of logits
+        center, spread = goals.mean(axis=0), np.maximum(goals.std(axis=0), 1e-12)
+    goals = (goals - center) / spread
+    special = {token for token in tokenizer.all_special_ids if token != tokenizer.unk_token_id}
+    model.config.lexical_ignored_ids = sorted(special)
+
+    with tqdm(total=len(rows), desc="n-grams", unit="row", disable=not show_progress) as bar:
+        counted = count_ngrams(rows["input_ids"], model.config, bar.update)
+    mixing, embeddings = _embeddings(model, counted)
+    used = np.flatnonzero(counted.occurrences)
+    known = np.flatnonzero(np.diff(mixing.indptr)[used])
+    problem = Problem(counted.ngrams[:, used], goals, known, mixing[used[known]] @ embeddings, kind)
+    order = np.random.default_rng(seed).permutation(len(rows))
+    fitted_to, others = order[:MOST_ROWS], order[MOST_ROWS:]
+    out_of_fold = np.zeros_like(goals)
+    with tqdm(total=len(PENALTIES) + FOLDS, desc="exit 0", unit="fit", disable=not show_progress) as bar:
+        penalty = None
+        for fold in np.array_split(fitted_to, FOLDS):
+            rest, held_out = problem.select(np.setdiff1d(fitted_to, fold)), problem.select(fold)
+            if penalty is None:
+                penalty, solution = _best(rest, held_out, bar.update)
+            else:
+                solution = solve(rest, penalty)
+                bar.update(1)
+            out_of_fold[fold] = solution.answers(held_out)
+        assert penalty is not None
+        solution = solve(problem.select(fitted_to), penalty)
+        if others.size:
+            out_of_fold[others] = solution.answers(problem.select(others))
+        bar.update(1)
+
+    weights = np.asarray(mixing @ (embeddings @ solution.meanings.astype(np.float32)), dtype=np.float64)
+    weights[used] += solution.words
+    lexical = model.exits[0]
+    with torch.no_grad():
+        lexical.weight.copy_(torch.from_numpy(weights * spread))
+        lexical.bias.copy_(torch.from_numpy(solution.bias * spread + center))
+    if "lexical_logits" in rows.column_names:
+        rows = rows.remove_columns("lexical_logits")
+    return rows.add_column("lexical_logits", list((out_of_fold * spread + center).astype(np.float32)))
+
+
+def _goals(model: Any, targets: Any, rows: int) -> tuple[str, Array]:
+    """The problem type, and what the exit is to say, (rows, labels)."""
+    targets, labels = np.asarray(targets), model.num_labels
+    kind = infer_problem_type(model.config.problem_type, labels, None)
+    if model.config.problem_type is None and labels > 1 and targets.ndim == 2 and targets.shape[1] == labels:
+        # As in transformers: rows that do not sum to 1 can only be several labels.
+        several = not np.allclose(targets.sum(axis=1), 1, atol=1e-3)
+        kind = "multi_label_classification" if several else kind
+    if kind == "single_label_classification" and targets.ndim == 1:
+        if targets.dtype.kind not in "iu" or targets.size == 0 or targets.min() < 0 or targets.max() >= labels:
+            raise ValueError(f"labels must be whole numbers in [0, {labels}).")
+        targets = np.eye(labels)[targets]
+    elif kind == "regression" and targets.ndim == 1:
+        targets = targets[:, None]
+    targets = targets.astype(np.float64)
+    if targets.shape != (rows, labels):
+        raise ValueError(f"targets must have the shape ({rows}, {labels}), got {targets.shape}.")
+    if not np.isfinite(targets).all() or (kind != "regression" and (targets.min() < 0 or targets.max() > 1)):
+        raise ValueError("targets must be finite, and probabilities between 0 and 1 where they are not values.")
+    return kind, targets
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What is to be known of token ids.
+
+    Args:
+        ngrams: (rows, buckets), sparse; see `Problem.counts`.
+        occurrences: (buckets,), how often an n-gram is hashed there.
+        tokens: (buckets, vocabulary), sparse: how often that is a single token, and which.
+    """
+
+    ngrams: Any
+    occurrences: Array
+    tokens: Any
+
+
+def count_ngrams(input_ids: Any, config: Any, on_rows: Callable[[int], Any] = lambda rows: None) -> Counted:
+    """Hash token ids, a list of lists."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    buckets, vocabulary = config.lexical_buckets, config.get_text_config().vocab_size
+    found, numbers = [], []
+    tokens = sparse.csr_matrix((buckets, vocabulary))
+    for start in range(0, len(input_ids), _CHUNK):
+        rows = [torch.tensor(row) for row in input_ids[start : start + _CHUNK]]
+        ids = pad_sequence(rows, batch_first=True)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        at = ngram_buckets(ids, mask, config.ignored_ids, config.lexical_ngrams, buckets).numpy()
+        found.append(at[at > 0].astype(np.int32))
+        numbers.append((at > 0).sum(axis=1))
+        alone = at[:, : ids.shape[1]]  # single tokens come first
+        single = alone[alone > 0], ids.numpy()[alone > 0]
+        tokens += sparse.csr_matrix((np.ones(len(single[0])), single), shape=tokens.shape)
+        on_rows(len(rows))
+    number, columns = np.concatenate(numbers), np.concatenate(found)
+    data = np.repeat(1 / np.sqrt(np.maximum(number, 1)), number)
+    ngrams = sparse.csr_matrix((data, columns, np.concatenate([[0], np.cumsum(number)])), shape=(len(number), buckets))
+    ngrams.sum_duplicates()
+    return Counted(ngrams, np.bincount(columns, minlength=buckets), tokens)
+
+
+def _embeddings(model: Any, counted: Counted) -> tuple[Any, Array]:
+    """How much of which token's embedding stands at a bucket, (buckets, tokens) sparse; and these (tokens, hidden).
+
+    A bucket that several n-grams share has as much of a token as occurs of it there. Tokens that do not occur stand
+    where nothing else does: through these the exit knows words that it was not fitted to.
+    """
+    import torch
+
+    buckets, vocabulary = counted.tokens.shape
+    table = model.get_input_embeddings().weight.detach().float().cpu().numpy()[:vocabulary]
+    table = table - table.mean(axis=0)
+    table /= max(float(table.std()), 1e-12)
+    ignored = model.config.ignored_ids
+    token = torch.arange(len(table))[:, None]
+    # A token by itself, and as the second text of a pair.
+    texts = torch.cat([token, torch.full_like(token, ignored[0]), token], dim=1) if ignored else token
+    places = ngram_buckets(texts, None, ignored, 1, buckets).numpy()[:, ::2]
+    weights = counted.tokens
+    for segment in range(places.shape[1]):
+        known = np.flatnonzero(places[:, segment])
+        unseen = sparse.csr_matrix((np.full(len(known), 0.01), (places[known, segment], known)), shape=weights.shape)
+        if segment == 0 or unseen.multiply(counted.tokens).nnz:
+            weights = weights + unseen
+    total = np.maximum(np.asarray(weights.sum(axis=1)).ravel(), counted.occurrences)
+    mixing = sparse.diags(1 / np.maximum(total, 1e-12)) @ weights
+    return mixing.tocsr().astype(np.float32), table
+
+
+def _best(rest: Problem, held_out: Problem, on_fit: Callable[[int], Any]) -> tuple[float, Solution]:
+    """The penalty whose solution says the rows held out best, and that solution."""
+    best: tuple[float, float, Solution] | None = None
+    before = None
+    for penalty in PENALTIES:
+        solution = solve(rest, penalty, before)
+        before = None if penalty == PENALTIES[0] else solution
+        loss = float(_loss(solution.answers(held_out), held_out)[0]) / len(held_out.targets)
+        on_fit(1)
+        if best is None or loss < best[0]:
+            best = loss, penalty, solution
+    assert best is not None
+    return best[1:]
+
+
+def solve(problem: Problem, penalty: float, start: Solution | None = None) -> Solution:
+    """The weights with the smallest loss plus penalty / 2 times their squares; the constant is free.
+
+    Args:
+        penalty: above 0; infinity leaves the constant alone.
+        start: a solution to begin with. Default: zeros.
+    """
+    ratio, counts = _ratio(problem), problem.counts
+    labels, hidden = problem.targets.shape[1], problem.embeddings.shape[1]
+    cuts = np.cumsum([ratio.size, hidden * labels])
+
+    def unpack(parameters: Array) -> tuple[Array, Array, Array]:
+        words, meanings, bias = np.split(parameters, cuts)
+        return words.reshape(ratio.shape), meanings.reshape(hidden, labels), bias
+
+    def as_solution(parameters: Array) -> Solution:
+        words, meanings, bias = unpack(parameters)
+        return Solution(ratio * words, _EMBEDDING_SCALE * meanings, bias)
+
+    def loss(parameters: Array) -> tuple[float, Array]:
+        value, gradient = _loss(as_solution(parameters).answers(problem), problem)
+        if np.isinf(penalty):
+            nothing = np.zeros(cuts[-1])
+            return value, np.concatenate([nothing, gradient.sum(axis=0)])
+        on_weights = counts.T @ gradient
+        on_meanings = _EMBEDDING_SCALE * (problem.embeddings.T @ on_weights[problem.known].astype(np.float32))
+        weights = parameters[: cuts[-1]]
+        slope = np.concatenate([(ratio * on_weights).ravel(), on_meanings.ravel(), gradient.sum(axis=0)])
+        slope[: cuts[-1]] += penalty * weights
+        return value + penalty / 2 * float(weights @ weights), slope
+
+    parameters = np.zeros(cuts[-1] + labels)
+    if start is not None:
+        words = np.divide(start.words, ratio, out=np.zeros_like(ratio), where=ratio != 0)
+        parameters = np.concatenate([words.ravel(), start.meanings.ravel() / _EMBEDDING_SCALE, start.bias])
+    found = minimize(loss, parameters, jac=True, method="L-BFGS-B", options={"maxiter": _STEPS, "ftol": _TOLERANCE})
+    return as_solution(found.x)
+
+
+def _ratio(problem: Problem) -> Array:
+    """R, (used buckets, labels): how much oftener than others a class has an n-gram, as a logarithm."""
+    targets, counts = problem.targets, problem.counts.sign()
+    if problem.kind == "regression":
+        return np.ones((counts.shape[1], targets.shape[1]))
+
+    def share(weights: Array) -> Array:
+        had = np.asarray(counts.T @ weights) + 1.0
+        return np.asarray(np.log(had / had.sum(axis=0)))
+
+    had = share(targets)
+    if problem.kind == "multi_label_classification":
+        return had - share(1 - targets)
+    classes = had.shape[1]  # of every class, against the mean of the others
+    return np.asarray((had - had.mean(axis=1, keepdims=True)) * classes / max(classes - 1, 1))
+
+
+def _loss(logits: Array, problem: Problem) -> tuple[float, Array]:
+    """Loss over the rows, summed, and its gradient (rows, labels)."""
+    targets = problem.targets
+    if problem.kind == "single_label_classification":
+        value = -(targets * log_softmax(logits, axis=1)).sum()
+        gradient = softmax(logits, axis=1) * targets.sum(axis=1, keepdims=True) - targets
+    elif problem.kind == "multi_label_classification":
+        value = -(targets * log_expit(logits) + (1 - targets) * log_expit(-logits)).sum()
+        gradient = expit(logits) - targets
+    else:
+        gradient = logits - targets
+        value = (gradient**2).sum() / 2
+    return float(value), gradient
