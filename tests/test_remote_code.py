@@ -61,7 +61,8 @@ def test_with_the_package_no_trust_is_needed(tmp_path, model):
 
 
 def test_a_fresh_process_loads_trains_saves_and_loads_again(tmp_path, family):
-    model = tiny_model(family, exit_policy={"criterion": "entropy", "threshold": 0.8, "window": 3})
+    policy = {"criterion": "entropy", "threshold": 0.8, "window": 3}
+    model = tiny_model(family, exit_policy=policy, lexical_exit=family == "bert")
     model.save_pretrained(tmp_path / "first")
     torch.save(BATCH, tmp_path / "batch.pt")
     answer = in_a_fresh_process(

@@ -16,7 +16,7 @@ from tiny import pad, random_rows, tiny_model
 from transformers_badge import ExitPolicy
 from transformers_badge.calibration.fitting import fit_rule, fit_temperatures
 from transformers_badge.calibration.replay import answers, at_exits, replay, score_exits, take_exits
-from transformers_badge.inference.exit_logits import make_exit_table
+from transformers_badge.inference.exit_logits import LEXICAL_COST, make_exit_table
 from transformers_badge.model.criteria_badge import COMBINATORS, CRITERIA
 
 
@@ -205,6 +205,19 @@ def test_without_a_threshold_both_run_to_the_end():
     assert replay(table, ExitPolicy()).tolist() == [3] * len(rows)
     assert layers.tolist() == [5] * len(rows)
     assert np.allclose(logits, table.exit_logits[:, -1], atol=1e-4)
+
+
+def test_exit_0_costs_its_share_and_its_logits_can_be_given():
+    model, rows, table = rows_and_table("roberta, exit 0")
+    assert table.exit_layers == (0, 1, 2, 4)
+    assert np.allclose(table.costs, np.array([0, 1, 2, 4]) + LEXICAL_COST)
+    texts = [" ".join(map(str, row.tolist())) for row in rows[:50]]
+    given = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
+    other = make_exit_table(model, WordTokenizer(), [texts], lexical_logits=given, batch_size=7)
+    assert np.array_equal(other.exit_logits[:, 0], given)
+    gates = [exit_.lexical_gate.weight.item() for exit_ in model.exits[1:]]
+    moved = np.array(gates)[:, None] * (given - table.exit_logits[:50, 0])[:, None]
+    assert np.allclose(other.exit_logits[:, 1:] - table.exit_logits[:50, 1:], moved, atol=1e-4)
 
 
 def test_every_criterion_and_combinator_is_among_the_policies():

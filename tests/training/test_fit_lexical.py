@@ -136,6 +136,16 @@ def test_more_rows_than_are_fitted_to_are_all_answered(monkeypatch):
     assert (logits.argmax(axis=1) == np.array(rows["labels"])).mean() > 0.8
 
 
+def test_copies_of_a_row_do_not_tell_on_each_other():
+    generator = np.random.default_rng(0)
+    rows = make_rows(200)
+    answers = generator.integers(0, 2, 200)  # nothing to be learned, only to be remembered
+    twice = datasets.concatenate_datasets([rows, rows]).remove_columns("labels")
+    targets = np.tile(answers, 2)
+    logits = np.array(fit_lexical_exit(make_model(), TOKENIZER, twice, targets, show_progress=False)["lexical_logits"])
+    assert (logits.argmax(axis=1) == targets).mean() < 0.65
+
+
 def test_it_is_the_same_every_time():
     first, second = make_model(), make_model()
     logits = [

@@ -33,7 +33,7 @@ def write_card(folder: Path, config: Any) -> None:
         text = str(
             ModelCard(
                 f"---\n{data.to_yaml()}\n---\n\n# A text classifier that leaves early\n\n"
-                f"A {encoder} encoder of {config.num_hidden_layers} blocks with exits after blocks "
+                f"A {encoder} encoder of {config.num_hidden_layers} blocks with exits at depths "
                 f"{', '.join(map(str, config.exit_layers))}, made with transformers-badge.\n\n{section}\n"
             )
         )

@@ -10,7 +10,7 @@ for words that the texts do not have as well. Both are drawn to zero alike; the 
 what was learned through the embeddings costs nothing later.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -99,7 +99,7 @@ def fit_lexical_exit(
         takes it, so that what is trained on these rows learns how far the exit is to be trusted on new ones.
 
     Raises:
-        ValueError: the model has no lexical exit, fewer rows than folds, or targets that do not fit.
+        ValueError: the model has no lexical exit, fewer different rows than folds, or targets that do not fit.
 
     Example:
         >>> model = BadgeForSequenceClassification.from_encoder("google-bert/bert-base-uncased", lexical_exit=True)
@@ -111,8 +111,6 @@ def fit_lexical_exit(
 
     if not model.config.lexical_exit:
         raise ValueError("The model has no lexical exit: make it with lexical_exit=True.")
-    if len(rows) < FOLDS:
-        raise ValueError(f"There are {len(rows)} rows: the lexical exit needs at least {FOLDS} to be fitted.")
     if targets is None:
         if "labels" not in rows.column_names:
             raise ValueError("The rows have no labels: give targets, or rows with labels.")
@@ -121,33 +119,33 @@ def fit_lexical_exit(
     center, spread = np.zeros(goals.shape[1]), np.ones(goals.shape[1])
     if kind == "regression":  # penalties are for values of the size of logits
         center, spread = goals.mean(axis=0), np.maximum(goals.std(axis=0), 1e-12)
-    goals = (goals - center) / spread
     special = {token for token in tokenizer.all_special_ids if token != tokenizer.unk_token_id}
     model.config.lexical_ignored_ids = sorted(special)
 
-    with tqdm(total=len(rows), desc="n-grams", unit="row", disable=not show_progress) as bar:
-        counted = count_ngrams(rows["input_ids"], model.config, bar.update)
+    order = np.random.default_rng(seed).permutation(len(rows))
+    fitted_to, others = np.sort(order[:MOST_ROWS]), np.sort(order[MOST_ROWS:])
+    input_ids = rows["input_ids"] if others.size == 0 else rows.select(fitted_to)["input_ids"]
+    folds = _folds(input_ids, seed)
+    with tqdm(total=len(fitted_to), desc="n-grams", unit="row", disable=not show_progress) as bar:
+        counted = count_ngrams(input_ids, model.config, bar.update)
     mixing, embeddings = _embeddings(model, counted)
     used = np.flatnonzero(counted.occurrences)
     known = np.flatnonzero(np.diff(mixing.indptr)[used])
+    goals = (goals[fitted_to] - center) / spread
     problem = Problem(counted.ngrams[:, used], goals, known, mixing[used[known]] @ embeddings, kind)
-    order = np.random.default_rng(seed).permutation(len(rows))
-    fitted_to, others = order[:MOST_ROWS], order[MOST_ROWS:]
-    out_of_fold = np.zeros_like(goals)
+    logits = np.zeros((len(rows), goals.shape[1]))
     with tqdm(total=len(PENALTIES) + FOLDS, desc="exit 0", unit="fit", disable=not show_progress) as bar:
         penalty = None
-        for fold in np.array_split(fitted_to, FOLDS):
-            rest, held_out = problem.select(np.setdiff1d(fitted_to, fold)), problem.select(fold)
+        for fold in range(FOLDS):
+            rest, held_out = (problem.select(np.flatnonzero(part)) for part in (folds != fold, folds == fold))
             if penalty is None:
                 penalty, solution = _best(rest, held_out, bar.update)
             else:
                 solution = solve(rest, penalty)
                 bar.update(1)
-            out_of_fold[fold] = solution.answers(held_out)
+            logits[fitted_to[folds == fold]] = solution.answers(held_out) * spread + center
         assert penalty is not None
-        solution = solve(problem.select(fitted_to), penalty)
-        if others.size:
-            out_of_fold[others] = solution.answers(problem.select(others))
+        solution = solve(problem, penalty)
         bar.update(1)
 
     weights = np.asarray(mixing @ (embeddings @ solution.meanings.astype(np.float32)), dtype=np.float64)
@@ -156,9 +154,30 @@ def fit_lexical_exit(
     with torch.no_grad():
         lexical.weight.copy_(torch.from_numpy(weights * spread))
         lexical.bias.copy_(torch.from_numpy(solution.bias * spread + center))
+        if others.size:  # it was not fitted to these: what it says now is what it would say
+            answered = [
+                lexical(ids.to(model.device), mask.to(model.device)).float().cpu()
+                for ids, mask in _padded(rows.select(others)["input_ids"])
+            ]
+            logits[others] = torch.cat(answered).numpy()
     if "lexical_logits" in rows.column_names:
         rows = rows.remove_columns("lexical_logits")
-    return rows.add_column("lexical_logits", list((out_of_fold * spread + center).astype(np.float32)))
+    return rows.add_column("lexical_logits", list(logits.astype(np.float32)))
+
+
+def _folds(input_ids: Any, seed: int) -> Array:
+    """A fold for every row, (rows,); rows of the same text share one, or none of them would be held out.
+
+    Raises:
+        ValueError: there are fewer texts than folds.
+    """
+    texts: dict[tuple[int, ...], int] = {}
+    text = np.array([texts.setdefault(tuple(row), len(texts)) for row in input_ids])
+    if len(texts) < FOLDS:
+        raise ValueError(
+            f"There are {len(texts)} different rows: the lexical exit needs at least {FOLDS} to be fitted."
+        )
+    return np.asarray((np.random.default_rng(seed).permutation(len(texts)) % FOLDS)[text])
 
 
 def _goals(model: Any, targets: Any, rows: int) -> tuple[str, Array]:
@@ -198,25 +217,30 @@ class Counted:
     tokens: Any
 
 
-def count_ngrams(input_ids: Any, config: Any, on_rows: Callable[[int], Any] = lambda rows: None) -> Counted:
-    """Hash token ids, a list of lists."""
+def _padded(input_ids: Any) -> Iterator[tuple[Any, Any]]:
+    """Token ids, a list of lists, in batches: ids and mask, (rows, tokens)."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
+    for start in range(0, len(input_ids), _CHUNK):
+        rows = [torch.tensor(row) for row in input_ids[start : start + _CHUNK]]
+        mask = [torch.ones_like(row) for row in rows]
+        yield pad_sequence(rows, batch_first=True), pad_sequence(mask, batch_first=True)
+
+
+def count_ngrams(input_ids: Any, config: Any, on_rows: Callable[[int], Any] = lambda rows: None) -> Counted:
+    """Hash token ids, a list of lists."""
     buckets, vocabulary = config.lexical_buckets, config.get_text_config().vocab_size
     found, numbers = [], []
     tokens = sparse.csr_matrix((buckets, vocabulary))
-    for start in range(0, len(input_ids), _CHUNK):
-        rows = [torch.tensor(row) for row in input_ids[start : start + _CHUNK]]
-        ids = pad_sequence(rows, batch_first=True)
-        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    for ids, mask in _padded(input_ids):
         at = ngram_buckets(ids, mask, config.ignored_ids, config.lexical_ngrams, buckets).numpy()
         found.append(at[at > 0].astype(np.int32))
         numbers.append((at > 0).sum(axis=1))
         alone = at[:, : ids.shape[1]]  # single tokens come first
         single = alone[alone > 0], ids.numpy()[alone > 0]
         tokens += sparse.csr_matrix((np.ones(len(single[0])), single), shape=tokens.shape)
-        on_rows(len(rows))
+        on_rows(len(ids))
     number, columns = np.concatenate(numbers), np.concatenate(found)
     data = np.repeat(1 / np.sqrt(np.maximum(number, 1)), number)
     ngrams = sparse.csr_matrix((data, columns, np.concatenate([[0], np.cumsum(number)])), shape=(len(number), buckets))
