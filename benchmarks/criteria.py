@@ -54,8 +54,13 @@ def parts_of(data: str, seed: int) -> tuple[list[str], Any, list[Any]]:
     return texts, labels, np.split(order, cuts)
 
 
-def train(data: str, recipe: str, seed: int) -> ExitTable:
-    """Train one model, and run it over the rows that were held out."""
+def train(data: str, recipe: str, seed: int, all_texts: bool = False, **fields: Any) -> ExitTable:
+    """Train one model, and run it over the rows that were held out.
+
+    Args:
+        all_texts: convert on the texts of the source as well.
+        **fields: of its config.
+    """
     texts, labels, (source, others, held_out) = parts_of(data, seed)
 
     def pick(rows: Any) -> list[str]:
@@ -65,7 +70,7 @@ def train(data: str, recipe: str, seed: int) -> ExitTable:
         folder = Path(scratch)
         if recipe == "joint":
             set_seed(seed)
-            model = BadgeForSequenceClassification.from_encoder(encoder_path(), num_labels=2)
+            model = BadgeForSequenceClassification.from_encoder(encoder_path(), num_labels=2, **fields)
             tokenizer = AutoTokenizer.from_pretrained(encoder_path())
             taught = np.concatenate([source, others])
             rows = tokenize(tokenizer, [pick(taught)], labels[taught].tolist(), MAX_TOKENS)
@@ -84,11 +89,12 @@ def train(data: str, recipe: str, seed: int) -> ExitTable:
             fine_tune_plainly(pick(source), labels[source], EPOCHS[data], seed, folder / "source")
             convert_classifier(
                 folder / "source",
-                pick(others),
+                pick(np.concatenate([source, others]) if all_texts else others),
                 folder / "badge",
                 batch_size=BATCH_SIZE,
                 max_tokens=MAX_TOKENS,
                 seed=seed,
+                **{"lexical_exit": False, **fields},
             )
             model = BadgeForSequenceClassification.from_pretrained(folder / "badge")
             tokenizer = AutoTokenizer.from_pretrained(folder / "badge")

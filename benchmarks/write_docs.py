@@ -1,4 +1,4 @@
-"""Make docs/benchmarks.md, docs/bypass.md, docs/criteria.md, the README's figures and the pictures from docs/records.
+"""Make the pages of measurements in docs/, the README's figures and the pictures from docs/records.
 
 Example: python benchmarks/write_docs.py (`make docs`). To renew the records first:
     transformers-badge demo --output-dir demo-output          -> report.json as docs/records/demo.json
@@ -10,6 +10,8 @@ Example: python benchmarks/write_docs.py (`make docs`). To renew the records fir
     python benchmarks/bypass.py --recipe frozen               -> bypass_frozen.json
     python benchmarks/criteria.py                             -> criteria.json
     python benchmarks/guarantee.py                            -> guarantee.json
+    python benchmarks/lexical.py                              -> lexical.json
+    python benchmarks/lexical.py --time demo-output/checkpoint -> lexical_time.json
 """
 
 import json
@@ -22,6 +24,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from criteria_docs import write_criteria
+from lexical_docs import write_exit_zero
 from transformers_badge.evaluation.plots import plot_tradeoff
 
 
@@ -60,8 +63,15 @@ def demo_table(record: dict[str, Any], plain: dict[str, Any] | None) -> list[str
     lines.append(f"| multi-exit model at full depth | {percent(full['accuracy'])} | 1.0x |")
     lines.append(f"| **early exit** | **{percent(early['accuracy'])}** | **{early['layer_speedup']:.2f}x** |")
     for layer, accuracy in zip(record["exit_layers"][:-1], record["exit_accuracy"], strict=False):
-        lines.append(f"| everyone leaves after block {layer} | {percent(accuracy)} | {blocks / layer:.2f}x |")
+        where = f"after block {layer}" if layer else "before the first block"
+        speedup = f"{blocks / layer:.2f}x" if layer else ""
+        lines.append(f"| everyone leaves {where} | {percent(accuracy)} | {speedup} |")
     return lines
+
+
+def before_exit_0(record: dict[str, Any]) -> str:
+    """What has to be said of a record that was made before there was an exit 0."""
+    return "" if 0 in record["exit_layers"] else " (a record without exit 0)"
 
 
 def timing_table(record: dict[str, Any]) -> list[str]:
@@ -78,27 +88,29 @@ def timing_table(record: dict[str, Any]) -> list[str]:
     return lines
 
 
-def write_readme(full: dict[str, Any], plain: dict[str, Any], convert: dict[str, Any]) -> None:
+def write_readme(demo: dict[str, Any], convert: dict[str, Any]) -> None:
     """Put the figures between the README's markers."""
-    rows, converted = full["rows"], convert["default"]
+    rows, converted, lost = demo["rows"], convert["default"], demo["early_exit"]["accuracy_lost"]
     text = "\n".join(
         [
-            f"MiniLM (6 blocks) on movie-review polarity, `make demo DEMO_ARGS=--full`: {rows['train']} rows to train, "
+            f"MiniLM (6 blocks) on movie-review polarity, `make demo`: {rows['train']} rows to train, "
             f"{rows['calibration']} to choose the threshold, {rows['test']} to test.",
             "",
-            *demo_table(full, plain)[:5],
+            *demo_table(demo, None)[:4],
             "",
+            f"Asked was to lose at most {100 * demo['max_accuracy_drop']:g} point, with 95 % confidence; what is lost on rows like the test rows is between "
+            f"{100 * lost['low']:.2f} and {100 * lost['high']:.2f} points, with the same confidence.",
             "In seconds: "
             + "; ".join(
                 f"at batch size {entry['batch_size']} {ratio(entry['speedup_over_full_depth'])} over full depth of the same model, "
                 f"{ratio(entry['speedup_over_transformers'])} over transformers' own `BertForSequenceClassification`"
-                for entry in full["timing"]
+                for entry in demo["timing"]
             )
-            + f". Mean exit layer {full['early_exit']['mean_exit_layer']:.2f} of {full['exit_layers'][-1]}.",
+            + f". Mean exit layer {demo['early_exit']['mean_exit_layer']:.2f} of {demo['exit_layers'][-1]}.",
             "",
-            f"A plainly fine-tuned MiniLM, converted in {converted['minutes']} minutes with {convert['rows']['texts']} texts and no labels: {converted['early_exit']['layer_speedup']:.2f}x in "
+            f"A plainly fine-tuned MiniLM, converted in {converted['minutes']} minutes with {convert['rows']['texts']} texts and no labels{before_exit_0(converted)}: {converted['early_exit']['layer_speedup']:.2f}x in "
             f"layers, {ratio(converted['wall_clock_speedup'])} in seconds, with {100 * converted['early_exit']['agreement']:.1f} % of its answers on {convert['rows']['test']} other texts unchanged.",
-            f"Measured on {machine(full)}; [all figures](docs/benchmarks.md).",
+            f"Measured on {machine(demo)}; [all figures](docs/benchmarks.md).",
         ]
     )
     path = ROOT / "README.md"
@@ -122,7 +134,7 @@ def write_benchmarks(
         "",
         "## The demo in full",
         "",
-        f"`transformers-badge demo --full`: MiniLM, 6 blocks, movie-review polarity, {full['rows']['train']} training rows, "
+        f"`transformers-badge demo --full`{before_exit_0(full)}: MiniLM, 6 blocks, movie-review polarity, {full['rows']['train']} training rows, "
         f"{full['rows']['test']} test rows, 3 epochs, one seed. On {machine(full)}; {full['minutes']} minutes.",
         "",
         *demo_table(full, plain),
@@ -159,16 +171,22 @@ def write_benchmarks(
     (ROOT / "docs" / "benchmarks.md").write_text("\n".join(lines) + "\n")
 
 
+def between_blocks(entry: dict[str, Any], name: str) -> float:
+    """Mean of something over the exits behind the first block and before the last exit."""
+    values = [value for layer, value in zip(entry["exit_layers"], entry[name], strict=True) if layer > 0]
+    return float(np.mean(values[:-1]))
+
+
 def convert_section(record: dict[str, Any]) -> list[str]:
     """A converted classifier, and the same one with bare exits."""
     rows, default, bare, kept = record["rows"], record["default"], record["bare"], record["keeping_states"]
     lines = [
         "## A converted classifier",
         "",
-        f"`python benchmarks/convert.py`: MiniLM fine-tuned plainly on {rows['source']} movie reviews (the source), converted on {rows['texts']} others as plain "
+        f"`python benchmarks/convert.py`{before_exit_0(default)}: MiniLM fine-tuned plainly on {rows['source']} movie reviews (the source), converted on {rows['texts']} others as plain "
         f"texts, tested on {rows['test']} more; one seed. On {machine(record)}.",
         "",
-        "| | default | bare exits: mean pooling, no bypass |",
+        "| | default | bare exits: mean pooling, no bypass, no exit 0 |",
         "|---|---|---|",
         f"| minutes | {default['minutes']} | {bare['minutes']} |",
     ]
@@ -182,15 +200,19 @@ def convert_section(record: dict[str, Any]) -> list[str]:
         ),
         ("accuracy at full depth, as the source", lambda entry: percent(entry["source_accuracy"])),
         ("accuracy of early exit", lambda entry: percent(entry["early_exit"]["accuracy"])),
-        ("mean accuracy of the inner exits", lambda entry: percent(np.mean(entry["exit_accuracy"][:-1]))),
-        ("their mean agreement with the source", lambda entry: percent(np.mean(entry["exit_agreement"][:-1]))),
+        ("mean accuracy of the exits between blocks", lambda entry: percent(between_blocks(entry, "exit_accuracy"))),
+        ("their mean agreement with the source", lambda entry: percent(between_blocks(entry, "exit_agreement"))),
     ):
         lines.append(f"| {title} | {value(default)} | {value(bare)} |")
-    for index, layer in enumerate(default["exit_layers"][:-1]):
-        cells = [
-            f"{percent(entry['exit_accuracy'][index])}, {percent(entry['exit_agreement'][index])}"
-            for entry in (default, bare)
-        ]
+    for layer in default["exit_layers"][:-1]:
+        cells = []
+        for entry in (default, bare):
+            known = dict(
+                zip(
+                    entry["exit_layers"], zip(entry["exit_accuracy"], entry["exit_agreement"], strict=True), strict=True
+                )
+            )
+            cells.append(", ".join(map(percent, known.get(layer, ()))))
         lines.append(f"| exit {layer}: accuracy, agreement | {cells[0]} | {cells[1]} |")
     faster = kept["through_the_encoder"] / (kept["one_pass"] + kept["on_kept_states"])
     lines += [
@@ -351,12 +373,13 @@ def main() -> None:
     """Write everything."""
     names = ("demo_full", "demo", "plain_classifier", "benchmarks", "convert")
     full, demo, plain, bench, convert = map(load, names)
-    write_readme(full, plain, convert)
+    write_readme(demo, convert)
     write_benchmarks(full, demo, plain, bench, convert)
     write_bypass()
     criteria = load("criteria")
     write_criteria(ROOT, criteria, load("guarantee"), machine(criteria))
-    plot_tradeoff(full, ROOT / "docs" / "images" / "tradeoff.png")
+    write_exit_zero(ROOT, load("lexical"), load("lexical_time"), demo, machine(load("lexical")))
+    plot_tradeoff(demo, ROOT / "docs" / "images" / "tradeoff.png")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,197 @@
+"""docs/exit-zero.md, from the records of `lexical.py` and of the demo; `write_docs.py` calls it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from transformers_badge.evaluation.report import markdown_table
+
+
+def of_task(record: dict[str, Any], data: str, recipe: str) -> list[dict[str, Any]]:
+    """The models of a task, one per seed."""
+    return [model for model in record["models"] if (model["data"], model["recipe"]) == (data, recipe)]
+
+
+def spread(values: Any, unit: str = "x", digits: int = 2) -> str:
+    """Mean and standard deviation over seeds."""
+    return f"{np.mean(values):.{digits}f}{unit} +- {np.std(values, ddof=1):.{digits}f}"
+
+
+def speedups(models: list[dict[str, Any]], name: str, index: int) -> Any:
+    """Layer speedup of every model at one of the losses."""
+    return np.array([model[name]["speedup_at_loss"][index] for model in models])
+
+
+def gain_rows(record: dict[str, Any], tasks: list[tuple[str, str]], index: int) -> list[list[str]]:
+    """A row per task: speedup at one of the losses with and without exit 0, and of the cascade."""
+    rows = []
+    for data, recipe in tasks:
+        models = of_task(record, data, recipe)
+        own, without = (speedups(models, f"{kind}, learned", index) for kind in ("with", "without"))
+        entropy = speedups(models, "with, entropy", index)
+        other = spread(speedups(models, "cascade", index)) if recipe == "joint" else ""
+        rows.append(
+            [f"{data}, {recipe}", spread(without), f"**{spread(own)}**", f"{np.mean(own / without):.2f}",
+             spread(entropy), other]
+        )  # fmt: skip
+    return rows
+
+
+def chosen_rows(record: dict[str, Any], tasks: list[tuple[str, str]], index: int) -> list[list[str]]:
+    """A row per task: what thresholds that were chosen on other rows really give."""
+    rows = []
+    for data, recipe in tasks:
+        cells = [f"{data}, {recipe}"]
+        for name in ("without, learned", "with, learned", "cascade"):
+            chosen = [model[name]["chosen"] for model in of_task(record, data, recipe) if name in model]
+            if chosen:
+                speedup = np.mean([entry["layer_speedup"][index] for entry in chosen])
+                cells.append(f"{speedup:.2f}x, {100 * np.mean([entry['lost'][index] for entry in chosen]):.2f}")
+            else:
+                cells.append("")
+        rows.append(cells)
+    return rows
+
+
+def criterion_rows(record: dict[str, Any]) -> list[list[str]]:
+    """A row per criterion: points lost at fixed speedups, mean over all models with exit 0."""
+    rows = []
+    for name in ("learned", "entropy", "fixed_depth"):
+        lost = np.mean([model[f"with, {name}"]["lost_at_speedup"] for model in record["models"]], axis=0)
+        rows.append([name.replace("_", " "), *[f"{100 * value:+.2f}" for value in lost]])
+    return rows
+
+
+def accuracy_rows(record: dict[str, Any], tasks: list[tuple[str, str]]) -> list[list[str]]:
+    """A row per task and kind: accuracy of every exit, mean over the seeds."""
+    rows = []
+    for data, recipe in tasks:
+        models = of_task(record, data, recipe)
+        for kind in ("with", "without", "plain"):
+            if kind in models[0]["exit_accuracy"]:
+                accuracy = 100 * np.mean([model["exit_accuracy"][kind] for model in models], axis=0)
+                blanks = [""] * (7 - len(accuracy))
+                rows.append([f"{data}, {recipe}", kind, *blanks, *[f"{value:.1f}" for value in accuracy]])
+        if recipe == "joint":
+            alone = 100 * np.mean([model["cascade"]["accuracy"] for model in models])
+            rows.append([f"{data}, {recipe}", "TF-IDF and logistic regression", f"{alone:.1f}", *[""] * 6])
+    return rows
+
+
+def agreement_rows(record: dict[str, Any]) -> list[list[str]]:
+    """Converted classifiers: speedup at so much disagreement, with and without exit 0."""
+    models, rows = of_task(record, "movies", "converted"), []
+    for index, loss in enumerate(record["losses"]):
+        own, without = (speedups(models, f"{kind}, learned, agreement", index) for kind in ("with", "without"))
+        if loss > 0:
+            rows.append([f"{100 * (1 - loss):g} %", spread(without), spread(own), f"{np.mean(own / without):.2f}"])
+    return rows
+
+
+def time_rows(record: dict[str, Any], blocks: int) -> list[list[str]]:
+    """A row per batch size: seconds, and what of the layer speedup arrives."""
+    rows = []
+    for entry in record["batches"]:
+        seconds = entry["seconds"]
+        layers = blocks / entry["mean_exit_layer"]
+        over = entry["speedup_over_full_depth"]
+        rows.append(
+            [
+                str(entry["batch_size"]),
+                f"{100 * entry['left_at_exit_0']:.0f} %",
+                f"{layers:.2f}x",
+                f"{over['median']:.2f}x ({over['min']:.2f} to {over['max']:.2f})",
+                f"{over['median'] / layers:.2f}",
+                "{median:.2f}x ({min:.2f} to {max:.2f})".format(**entry["speedup_over_transformers"]),
+                f"{100 * seconds['tokenization'] / seconds['early_exit']:.0f} %",
+                f"{100 * (seconds['exit_0'] - seconds['tokenization']) / seconds['early_exit']:.0f} %",
+            ]
+        )
+    return rows
+
+
+def write_exit_zero(root: Path, record: dict[str, Any], times: dict[str, Any], demo: dict[str, Any], on: str) -> None:
+    """Write docs/exit-zero.md."""
+    tasks = list(dict.fromkeys((model["data"], model["recipe"]) for model in record["models"]))
+    at_one = record["losses"].index(0.01)
+    learned, entropy = (
+        np.array([model[f"with, {name}"]["speedup_at_loss"][at_one] for model in record["models"]])
+        for name in ("learned", "entropy")
+    )
+    cost = times["cost_of_a_block"]
+    examples = [
+        [entry["text"], entry["label"], ", ".join(f"{ngram} ({weight:+.1f})" for ngram, weight in entry["words"])]
+        for entry in demo["examples"]
+        if entry.get("words")
+    ]
+    text = f"""# Exit 0: leave before the first block
+
+Much text is easy for its words alone. With `lexical_exit=True` a model has an exit of depth 0: a linear classifier over hashed n-grams of the token ids, read before the
+embeddings and before any block. Rows that leave there cost next to nothing; every later exit adds its logits, times a learnt gate, to its own.
+
+```python
+from transformers_badge import BadgeForSequenceClassification, fit_lexical_exit
+
+model = BadgeForSequenceClassification.from_encoder("google-bert/bert-base-uncased", num_labels=2, lexical_exit=True)
+rows = fit_lexical_exit(model, tokenizer, rows)  # tokenized rows with labels; adds the column lexical_logits
+Trainer(model=model, train_dataset=rows, processing_class=tokenizer).train()
+```
+
+`transformers-badge train`, `convert` and `demo` do this by themselves (`--no-lexical-exit` leaves it out); `convert` fits it to the source's answers, without labels.
+
+## How it is made
+
+- **N-grams** of one and two tokens (`lexical_ngrams`) are hashed into 2^18 buckets (`lexical_buckets`). Padding and special tokens are in none of them, and the texts of a pair are told
+  apart. The hash is plain integer arithmetic, the same on every platform; a test holds it to a version in plain Python.
+- **Fitting** is a convex problem, solved once (`training/lexical.py`; scipy's L-BFGS). Weights are stretched by naive Bayes log ratios (Wang and Manning, ACL 2012), and the encoder's own
+  token embeddings stand behind single tokens, so that words that the training texts do not have are known too. Both end up in one table of weights: nothing of it costs anything later.
+- **Regularisation** is chosen on held-out rows, since overconfidence at exit 0 is what hurts. The weights are then held fixed.
+- **`lexical_logits`**: on the rows that it was fitted to, exit 0 looks better than it is. `fit_lexical_exit` returns what an exit fitted to the other four fifths says of each row, and
+  `forward` takes these in training, so that gates and later exits learn what it is worth on new rows. `make_exit_table` takes them too.
+- It needs `input_ids`. Given `inputs_embeds`, `forward` asks for `lexical_logits` as well.
+- Where words say nothing, hardly a row leaves there: `calibrate` sees that the exit knows nothing, as a test shows, and what is left is the cost of hashing.
+- It costs {100 * cost["median"]:.2f} % ({100 * cost["min"]:.2f} to {100 * cost["max"]:.2f}) of one block of MiniLM for 32 rows of 64 tokens; exit tables count 2 %.
+
+It is the one exit that explains itself (`explain_lexical_exit` in `transformers_badge.inference.explain`). From the demo:
+
+{markdown_table(["text", "answer", "words that decided it"], examples)}
+
+## What it buys
+
+Made by `make docs` from docs/records/lexical.json (`python benchmarks/lexical.py`), on {on}. MiniLM (6 blocks), three seeds, mean and standard deviation over them. Models with and without
+exit 0 are trained on the same rows; `converted` means a frozen classifier with exits that were taught without labels.
+
+Layer speedup at which no more than one point of accuracy is lost **against the model without exit 0 at full depth** (mean over {2 * record["splits"]} halvings; exit 0 counts 2 % of a block):
+
+{markdown_table(["model", "without exit 0", "with", "ratio", "with, entropy instead of the learned rule", "cascade"], gain_rows(record, tasks, at_one))}
+
+The cascade is the simplest thing to do instead: scikit-learn's TF-IDF with logistic regression (cross-validated), and for the rows of which it is not sure the same encoder fine-tuned plainly; its first
+stage counts nothing.
+
+With exit 0 the learned rule is {np.mean(learned / entropy):.3f} times as fast as entropy (mean over the {len(learned)} models; standard error {np.std(learned / entropy, ddof=1) / np.sqrt(len(learned)):.3f}). Points
+lost at the same layer speedup, mean over all models with exit 0:
+
+{markdown_table(["criterion", *[f"{speedup:g}x" for speedup in record["speedups"]]], criterion_rows(record))}
+
+What thresholds give that were chosen for this on one half of the rows, measured on the other: layer speedup, and points lost.
+
+{markdown_table(["model", "without exit 0", "with", "cascade"], chosen_rows(record, tasks, at_one))}
+
+Converted, no labels: layer speedup at which so many answers stay as they are at full depth.
+
+{markdown_table(["answers that stay", "without exit 0", "with", "ratio"], agreement_rows(record))}
+
+Accuracy of the exits, %. `plain` is the encoder fine-tuned with one exit on the same rows.
+
+{markdown_table(["model", "", "0", *[str(layer) for layer in range(1, 7)]], accuracy_rows(record, tasks))}
+
+## In seconds
+
+The demo's model (`make demo`) on its test rows, from texts to answers, tokenization included; contenders take turns. On {on}.
+
+{markdown_table(["batch size", "leave at exit 0", "layer speedup", "in seconds, over full depth", "of which arrives", "over transformers' own BERT", "time in tokenization", "in exit 0"], time_rows(times, demo["exit_layers"][-1]))}
+
+What does not arrive goes into tokenization, which every row pays, into what is paid once per batch and exit, and, in batches, into blocks that run on few rows.
+"""
+    (root / "docs" / "exit-zero.md").write_text(text)
