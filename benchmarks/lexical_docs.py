@@ -13,6 +13,11 @@ def of_task(record: dict[str, Any], data: str, recipe: str) -> list[dict[str, An
     return [model for model in record["models"] if (model["data"], model["recipe"]) == (data, recipe)]
 
 
+def named(models: list[dict[str, Any]]) -> str:
+    """What a task is called in a table."""
+    return f"{models[0]['data']}, {models[0]['recipe']} ({len(models)} seeds)"
+
+
 def spread(values: Any, unit: str = "x", digits: int = 2) -> str:
     """Mean and standard deviation over seeds."""
     return f"{np.mean(values):.{digits}f}{unit} +- {np.std(values, ddof=1):.{digits}f}"
@@ -32,7 +37,7 @@ def gain_rows(record: dict[str, Any], tasks: list[tuple[str, str]], index: int) 
         entropy = speedups(models, "with, entropy", index)
         other = spread(speedups(models, "cascade", index)) if recipe == "joint" else ""
         rows.append(
-            [f"{data}, {recipe}", spread(without), f"**{spread(own)}**", f"{np.mean(own / without):.2f}",
+            [named(models), spread(without), f"**{spread(own)}**", f"{np.mean(own / without):.2f}",
              spread(entropy), other]
         )  # fmt: skip
     return rows
@@ -42,7 +47,7 @@ def chosen_rows(record: dict[str, Any], tasks: list[tuple[str, str]], index: int
     """A row per task: what thresholds that were chosen on other rows really give."""
     rows = []
     for data, recipe in tasks:
-        cells = [f"{data}, {recipe}"]
+        cells = [named(of_task(record, data, recipe))]
         for name in ("without, learned", "with, learned", "cascade"):
             chosen = [model[name]["chosen"] for model in of_task(record, data, recipe) if name in model]
             if chosen:
@@ -72,10 +77,10 @@ def accuracy_rows(record: dict[str, Any], tasks: list[tuple[str, str]]) -> list[
             if kind in models[0]["exit_accuracy"]:
                 accuracy = 100 * np.mean([model["exit_accuracy"][kind] for model in models], axis=0)
                 blanks = [""] * (7 - len(accuracy))
-                rows.append([f"{data}, {recipe}", kind, *blanks, *[f"{value:.1f}" for value in accuracy]])
+                rows.append([named(models), kind, *blanks, *[f"{value:.1f}" for value in accuracy]])
         if recipe == "joint":
             alone = 100 * np.mean([model["cascade"]["accuracy"] for model in models])
-            rows.append([f"{data}, {recipe}", "TF-IDF and logistic regression", f"{alone:.1f}", *[""] * 6])
+            rows.append([named(models), "TF-IDF and logistic regression", f"{alone:.1f}", *[""] * 6])
     return rows
 
 
@@ -159,7 +164,7 @@ It is the one exit that explains itself (`explain_lexical_exit` in `transformers
 
 ## What it buys
 
-Made by `make docs` from docs/records/lexical.json (`python benchmarks/lexical.py`), on {on}. MiniLM (6 blocks), three seeds, mean and standard deviation over them. Models with and without
+Made by `make docs` from docs/records/lexical.json (`python benchmarks/lexical.py`), on {on}. MiniLM (6 blocks), mean and standard deviation over the seeds. Models with and without
 exit 0 are trained on the same rows; `converted` means a frozen classifier with exits that were taught without labels.
 
 Layer speedup at which no more than one point of accuracy is lost **against the model without exit 0 at full depth** (mean over {2 * record["splits"]} halvings; exit 0 counts 2 % of a block):
