@@ -32,10 +32,7 @@ from transformers_badge.training.recipes import CONVERSION, applied
 
 SOURCE_ROWS, TEXTS, TEST_ROWS = 4800, 4000, 1768
 EPOCHS, MAX_TOKENS = 3, 128
-SETTINGS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "bare": {"pooling": "mean", "bypass_size": 0, "lexical_exit": False},
-}
+SETTINGS: dict[str, dict[str, Any]] = {"default": {}, "bare": {"pooling": "mean", "bypass_size": 0}}
 
 
 def tested(folder: Path, source: Path, texts: list[str], labels: Any) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def train(data: str, recipe: str, seed: int, all_texts: bool = False, **fields: 
                 batch_size=BATCH_SIZE,
                 max_tokens=MAX_TOKENS,
                 seed=seed,
-                **{"lexical_exit": False, **fields},
+                **fields,
             )
             model = BadgeForSequenceClassification.from_pretrained(folder / "badge")
             tokenizer = AutoTokenizer.from_pretrained(folder / "badge")

@@ -143,7 +143,7 @@ rows = fit_lexical_exit(model, tokenizer, rows)  # tokenized rows with labels; a
 Trainer(model=model, train_dataset=rows, processing_class=tokenizer).train()
 ```
 
-`transformers-badge train`, `convert` and `demo` do this by themselves (`--no-lexical-exit` leaves it out); `convert` fits it to the source's answers, without labels.
+`transformers-badge train` and `demo` do this by themselves (`train --no-lexical-exit` leaves it out). `convert --lexical-exit` fits it to the source's answers, without labels.
 
 ## How it is made
 
@@ -186,6 +186,8 @@ What thresholds give that were chosen for this on one half of the rows, measured
 Converted, no labels: layer speedup at which so many answers stay as they are at full depth.
 
 {markdown_table(["answers that stay", "without exit 0", "with", "ratio"], agreement_rows(record))}
+
+Words are no help to an exit that has to repeat the very answers of the encoder, its errors among them. So `convert` leaves exit 0 out unless it is asked for.
 
 Accuracy of the exits, %. `plain` is the encoder fine-tuned with one exit on the same rows.
 

@@ -48,7 +48,10 @@ def source(minilm, tmp_path_factory):
 @pytest.fixture(scope="module")
 def converted(source, tmp_path_factory):
     folder = tmp_path_factory.mktemp("converted") / "badge"
-    return folder, convert_classifier(source, TEXTS, folder, max_disagreement=0.05, epochs=4, learning_rate=1e-2)
+    report = convert_classifier(
+        source, TEXTS, folder, max_disagreement=0.05, epochs=4, learning_rate=1e-2, lexical_exit=True
+    )
+    return folder, report
 
 
 def weights(folder):
@@ -89,7 +92,9 @@ def test_only_a_whole_checkpoint_is_left(converted):
 
 
 def test_exit_0_alone_needs_no_training(source, tmp_path):
-    report = convert_classifier(source, TEXTS, tmp_path / "badge", max_disagreement=0.05, exit_layers=[4])
+    report = convert_classifier(
+        source, TEXTS, tmp_path / "badge", max_disagreement=0.05, exit_layers=[4], lexical_exit=True
+    )
     assert report["exit_layers"] == [0, 4]
     assert report["exit_agreement"][0] > 0.9
     assert report["layer_speedup"] > 2
@@ -120,10 +125,10 @@ def test_an_interrupted_conversion_goes_on_where_it_was(source, tmp_path, monkey
 
     texts = TEXTS[:240]
     whole = tmp_path / "whole"
-    convert_classifier(source, texts, whole, epochs=2)
+    convert_classifier(source, texts, whole, epochs=2, lexical_exit=True)
     monkeypatch.setattr(fine_tune, "make_trainer", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        convert_classifier(source, texts, tmp_path / "badge", epochs=2)
+        convert_classifier(source, texts, tmp_path / "badge", epochs=2, lexical_exit=True)
     assert not (tmp_path / "badge").exists()
 
     monkeypatch.setattr(fine_tune, "make_trainer", counted)
@@ -134,7 +139,7 @@ def test_an_interrupted_conversion_goes_on_where_it_was(source, tmp_path, monkey
     (last,) = trainer.glob("checkpoint-*")
     shutil.copytree(last, trainer / "checkpoint-99")
     (trainer / "checkpoint-99" / "trainer_state.json").write_text("{")
-    convert_classifier(source, texts, tmp_path / "badge", epochs=2)
+    convert_classifier(source, texts, tmp_path / "badge", epochs=2, lexical_exit=True)
     assert started[0] == int(last.name.split("-")[1]) > 0
     resumed, expected = weights(tmp_path / "badge"), weights(whole)
     assert all(torch.allclose(resumed[name], weight, atol=1e-6) for name, weight in expected.items())
@@ -145,7 +150,9 @@ def test_labels_are_learnt_beside_the_answers(source, tmp_path):
     """Labels that contradict the source pull the exits away from it."""
     wrong = [(0 if " good " in text else 1 if " bad " in text else 2) for text in TEXTS]
     wrong = [(label + 1) % 3 for label in wrong]
-    report = convert_classifier(source, TEXTS, tmp_path / "badge", labels=wrong, epochs=4, learning_rate=1e-2)
+    report = convert_classifier(
+        source, TEXTS, tmp_path / "badge", labels=wrong, epochs=4, learning_rate=1e-2, lexical_exit=True
+    )
     assert report["exit_agreement"][0] < 0.9
 
 
@@ -156,7 +163,7 @@ def test_pairs_fields_and_an_empty_folder_are_taken(source, tmp_path):
         source, pairs, tmp_path / "badge", epochs=1, exit_layers=[2, 4], bypass_size=0,
         pooling="mean", criterion="patience", max_tokens=8,
     )  # fmt: skip
-    assert report["exit_layers"] == [0, 2, 4]
+    assert report["exit_layers"] == [2, 4]
     config = BadgeForSequenceClassification.from_pretrained(tmp_path / "badge").config
     assert (config.bypass_size, config.pooling, config.exit_policy.criterion) == (0, "mean", "patience")
 
@@ -173,7 +180,7 @@ def test_pairs_fields_and_an_empty_folder_are_taken(source, tmp_path):
         ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
         ({"epochs": -1}, "epochs must be above 0"),
         ({"criterion": "vibes"}, "criterion must be one of"),
-        ({"exit_layers": [4], "lexical_exit": False}, "leaves no exit to train"),
+        ({"exit_layers": [4]}, "leaves no exit to train"),
         ({"exit_layer": [2, 4]}, "does not know 'exit_layer'"),
         ({"bypass_size": -1}, "bypass_size must be 0"),
     ],

@@ -20,8 +20,8 @@ def convert(
     criterion: Annotated[str, typer.Option(help="When to leave; docs/exit-policies.md lists them.")] = "learned",
     exit_layers: Annotated[str | None, typer.Option(help="Depths with an exit, such as 2,4,6. Default: all.")] = None,
     lexical_exit: Annotated[
-        bool, typer.Option(help="An exit before the first block, which reads the words alone.")
-    ] = True,
+        bool, typer.Option(help="An exit before the first block, which reads the words alone; docs/exit-zero.md.")
+    ] = False,
     bypass_size: Annotated[int | None, typer.Option(help="Width of the bypasses; 0: none. Default: hidden/3.")] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the texts.")] = 3,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of bypasses and exits.")] = 1e-3,

@@ -30,7 +30,7 @@ def convert_classifier(
     temperature: float = 1.0,
     batch_size: int = 32,
     max_tokens: int | None = None,
-    lexical_exit: bool = True,
+    lexical_exit: bool = False,
     seed: int = 0,
     **fields: Any,
 ) -> dict[str, Any]:
@@ -52,7 +52,8 @@ def convert_classifier(
         temperature: of the answers that the exits learn.
         batch_size: rows per step.
         max_tokens: longer texts are cut. Default: what encoder and tokenizer take.
-        lexical_exit: whether there is an exit before the first block, which reads the words alone.
+        lexical_exit: whether there is an exit before the first block, which reads the words alone. It pays where
+            accuracy counts; it does not where next to every answer has to stay what it was (docs/exit-zero.md).
         seed: of everything random.
         **fields: of `BadgeConfig`, such as `exit_layers`, `bypass_size`, `pooling`; or of loading, as in
             `from_classifier`.
