@@ -29,7 +29,7 @@ MOST_ROWS = 1_000_000  # that are fitted to, drawn at random: memory is bounded
 FOLDS = 5
 # Penalties of the squared weights, from strict to bold; the first is a constant answer, for where words say nothing.
 PENALTIES = (float("inf"), 3.0, 1.0, 0.3, 0.1, 0.03)
-_EMBEDDING_SCALE = 0.03  # s; chosen on movie reviews, product reviews and tweets
+SCALES = (0.03, 0.06)  # s, how much the embeddings speak for their words
 _STEPS, _TOLERANCE = 200, 1e-5  # of the solver: at most so many, until the loss falls by no larger a share
 _CHUNK = 1024  # rows that are hashed at a time
 
@@ -44,6 +44,7 @@ class Problem:
         known: (some,), those of the used buckets that have an embedding.
         embeddings: (some, hidden), float32: these rows of U.
         kind: the problem type.
+        scale: s.
     """
 
     counts: Any
@@ -51,6 +52,7 @@ class Problem:
     known: Array
     embeddings: Array
     kind: str
+    scale: float = SCALES[0]
 
     def select(self, rows: Array) -> "Problem":
         """The problem of some rows."""
@@ -134,17 +136,16 @@ def fit_lexical_exit(
     goals = (goals[fitted_to] - center) / spread
     problem = Problem(counted.ngrams[:, used], goals, known, mixing[used[known]] @ embeddings, kind)
     logits = np.zeros((len(rows), goals.shape[1]))
-    with tqdm(total=len(PENALTIES) + FOLDS, desc="exit 0", unit="fit", disable=not show_progress) as bar:
-        penalty = None
+    with tqdm(total=len(SCALES) * len(PENALTIES) + FOLDS, desc="exit 0", unit="fit", disable=not show_progress) as bar:
+        rest, held_out = (problem.select(np.flatnonzero(part)) for part in (folds != 0, folds == 0))
+        scale, penalty, solution = _best(rest, held_out, bar.update)
+        problem = replace(problem, scale=scale)
         for fold in range(FOLDS):
             rest, held_out = (problem.select(np.flatnonzero(part)) for part in (folds != fold, folds == fold))
-            if penalty is None:
-                penalty, solution = _best(rest, held_out, bar.update)
-            else:
+            if fold > 0:
                 solution = solve(rest, penalty)
                 bar.update(1)
             logits[fitted_to[folds == fold]] = solution.answers(held_out) * spread + center
-        assert penalty is not None
         solution = solve(problem, penalty)
         bar.update(1)
 
@@ -276,17 +277,18 @@ def _embeddings(model: Any, counted: Counted) -> tuple[Any, Array]:
     return mixing.tocsr().astype(np.float32), table
 
 
-def _best(rest: Problem, held_out: Problem, on_fit: Callable[[int], Any]) -> tuple[float, Solution]:
-    """The penalty whose solution says the rows held out best, and that solution."""
-    best: tuple[float, float, Solution] | None = None
-    before = None
-    for penalty in PENALTIES:
-        solution = solve(rest, penalty, before)
-        before = None if penalty == PENALTIES[0] else solution
-        loss = float(_loss(solution.answers(held_out), held_out)[0]) / len(held_out.targets)
-        on_fit(1)
-        if best is None or loss < best[0]:
-            best = loss, penalty, solution
+def _best(rest: Problem, held_out: Problem, on_fit: Callable[[int], Any]) -> tuple[float, float, Solution]:
+    """The scale and the penalty whose solution says the rows held out best, and that solution."""
+    best: tuple[float, float, float, Solution] | None = None
+    for scale in SCALES:
+        before = None
+        for penalty in PENALTIES:
+            solution = solve(replace(rest, scale=scale), penalty, before)
+            before = None if np.isinf(penalty) else solution
+            loss = float(_loss(solution.answers(held_out), held_out)[0]) / len(held_out.targets)
+            on_fit(1)
+            if best is None or loss < best[0]:
+                best = loss, scale, penalty, solution
     assert best is not None
     return best[1:]
 
@@ -308,7 +310,7 @@ def solve(problem: Problem, penalty: float, start: Solution | None = None) -> So
 
     def as_solution(parameters: Array) -> Solution:
         words, meanings, bias = unpack(parameters)
-        return Solution(ratio * words, _EMBEDDING_SCALE * meanings, bias)
+        return Solution(ratio * words, problem.scale * meanings, bias)
 
     def loss(parameters: Array) -> tuple[float, Array]:
         value, gradient = _loss(as_solution(parameters).answers(problem), problem)
@@ -316,7 +318,7 @@ def solve(problem: Problem, penalty: float, start: Solution | None = None) -> So
             nothing = np.zeros(cuts[-1])
             return value, np.concatenate([nothing, gradient.sum(axis=0)])
         on_weights = counts.T @ gradient
-        on_meanings = _EMBEDDING_SCALE * (problem.embeddings.T @ on_weights[problem.known].astype(np.float32))
+        on_meanings = problem.scale * (problem.embeddings.T @ on_weights[problem.known].astype(np.float32))
         weights = parameters[: cuts[-1]]
         slope = np.concatenate([(ratio * on_weights).ravel(), on_meanings.ravel(), gradient.sum(axis=0)])
         slope[: cuts[-1]] += penalty * weights
@@ -325,7 +327,7 @@ def solve(problem: Problem, penalty: float, start: Solution | None = None) -> So
     parameters = np.zeros(cuts[-1] + labels)
     if start is not None:
         words = np.divide(start.words, ratio, out=np.zeros_like(ratio), where=ratio != 0)
-        parameters = np.concatenate([words.ravel(), start.meanings.ravel() / _EMBEDDING_SCALE, start.bias])
+        parameters = np.concatenate([words.ravel(), start.meanings.ravel() / problem.scale, start.bias])
     found = minimize(loss, parameters, jac=True, method="L-BFGS-B", options={"maxiter": _STEPS, "ftol": _TOLERANCE})
     return as_solution(found.x)
 
