@@ -116,7 +116,9 @@ def time_rows(record: dict[str, Any], blocks: int) -> list[list[str]]:
     return rows
 
 
-def write_exit_zero(root: Path, record: dict[str, Any], times: dict[str, Any], demo: dict[str, Any], on: str) -> None:
+def write_exit_zero(
+    root: Path, record: dict[str, Any], times: dict[str, Any], demo: dict[str, Any], machine: Any
+) -> None:
     """Write docs/exit-zero.md."""
     tasks = list(dict.fromkeys((model["data"], model["recipe"]) for model in record["models"]))
     at_one = record["losses"].index(0.01)
@@ -164,7 +166,7 @@ It is the one exit that explains itself (`explain_lexical_exit` in `transformers
 
 ## What it buys
 
-Made by `make docs` from docs/records/lexical.json (`python benchmarks/lexical.py`), on {on}. MiniLM (6 blocks), mean and standard deviation over the seeds. Models with and without
+Made by `make docs` from docs/records/lexical.json (`python benchmarks/lexical.py`), on {machine(record)}. MiniLM (6 blocks), mean and standard deviation over the seeds. Models with and without
 exit 0 are trained on the same rows; `converted` means a frozen classifier with exits that were taught without labels.
 
 Layer speedup at which no more than one point of accuracy is lost **against the model without exit 0 at full depth** (mean over {2 * record["splits"]} halvings; exit 0 counts 2 % of a block):
@@ -195,7 +197,7 @@ Accuracy of the exits, %. `plain` is the encoder fine-tuned with one exit on the
 
 ## In seconds
 
-The demo's model (`make demo`) on its test rows, from texts to answers, tokenization included; contenders take turns. On {on}.
+The demo's model (`make demo`) on its test rows, from texts to answers, tokenization included; contenders take turns. On {machine(times)}.
 
 {markdown_table(["batch size", "leave at exit 0", "layer speedup", "in seconds, over full depth", "of which arrives", "over transformers' own BERT", "time in tokenization", "in exit 0"], time_rows(times, demo["exit_layers"][-1]))}
 
