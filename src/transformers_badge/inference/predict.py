@@ -1,4 +1,4 @@
-"""Answers for many texts: batches of similar length, results in the order of the input."""
+"""Answers for many texts: full batches of similar length, results in the order of the input."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,7 +21,7 @@ def predict_texts(
         tokenizer: the tokenizer of its encoder.
         texts: texts, or pairs of texts.
         batch_size: rows per batch; texts of similar length share one. No answer depends on it.
-        on_batch: called with the number of rows that were answered, after each batch.
+        on_batch: called with the number of rows that were answered, as they finish.
         **overrides: fields of the exit policy.
 
     Returns:
@@ -34,21 +34,19 @@ def predict_texts(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-    results: list[dict[str, Any]] = [{} for _ in texts]
-    columns = (
-        [list(column) for column in zip(*texts, strict=True)] if texts and not isinstance(texts[0], str) else [texts]
-    )
+    if len(texts) == 0:
+        return []
+    columns = [list(column) for column in zip(*texts, strict=True)] if not isinstance(texts[0], str) else [texts]
     encoded = tokenizer(*columns, truncation=True, max_length=token_limit(model, tokenizer))
     order = sorted(range(len(texts)), key=lambda row: len(encoded["input_ids"][row]))
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        batch = tokenizer.pad({name: [encoded[name][row] for row in rows] for name in encoded}, return_tensors="pt")
-        output = model.early_exit_predict(**batch.to(model.device), **overrides)
-        answers = answer_rows(output.logits, model.config)
-        for row, answer, layer in zip(rows, answers, output.exit_layer.tolist(), strict=True):
-            results[row] = {**answer, "exit_layer": layer}
-        on_batch(len(rows))
-    return results
+    # Sorted as a whole, rows are padded least; the stream by itself sorts only as far as it reads ahead.
+    rows = ({name: encoded[name][row] for name in encoded} for row in order)
+    streamed: list[Any] = [None for _ in texts]
+    for answer in model.early_exit_stream(rows, batch_size, in_order=False, **overrides):
+        streamed[order[answer.index]] = answer
+        on_batch(1)
+    answers = answer_rows(torch.stack([row.logits for row in streamed]), model.config)
+    return [{**answer, "exit_layer": row.exit_layer} for answer, row in zip(answers, streamed, strict=True)]
 
 
 def token_limit(model: Any, tokenizer: Any, max_tokens: int | None = None) -> int:

@@ -2,11 +2,12 @@
 
 The loop is written once, over stages. A stage takes the state of the rows that are still inside and hands on a new
 one; what a state holds is the stages' own business. `forward` runs the loop with nobody leaving, `early_exit_predict`
-with a policy.
+with a policy, and `early_exit_stream` piece by piece, from one exit where rows can leave to the next.
 """
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -25,6 +26,12 @@ class Stages(Protocol[State]):
 
     exit_layers: list[int]
 
+    def begin(self, rows: list[dict[str, list[int]]]) -> tuple[State, Array]:
+        """The state of rows of tokens before they are embedded, padded on the right; and the mask (rows, tokens), bool.
+
+        A row has `input_ids`, and may have `token_type_ids` and `attention_mask` of the same length.
+        """
+
     def embed(self, state: State) -> State:
         """The rows as the first block takes them."""
 
@@ -37,6 +44,9 @@ class Stages(Protocol[State]):
     def compact(self, state: State, rows: Array | None, columns: slice, padded: bool) -> State:
         """Keep these rows (indices into the state's; `None`: all) and token columns; `padded`: some padding is left."""
 
+    def merge(self, states: list[State], masks: list[Array]) -> tuple[State, Array]:
+        """One state of several at the same depth that `begin` began, padded on the right to the widest; its mask."""
+
     def to_host(self, logits: Any) -> Array:
         """Logits as a numpy array: the one point where the host waits for the device."""
 
@@ -46,22 +56,24 @@ def run_blocks(
     state: State,
     on_exit: Callable[[int, State], State | None],
     on_block: Callable[[int, State], None] = lambda layer, state: None,
+    after: int | None = None,
 ) -> None:
     """Embed the rows and run block after block.
 
     Args:
         stages: the model.
-        state: of the rows before they are embedded.
+        state: of the rows before they are embedded; or where `after` says.
         on_exit: called with the index of each exit reached and the state; hands back the state to go on with, or `None`
             to stop.
         on_block: called with 0 and the state after the embedding, and with its layer and the state after each block.
+        after: go on behind the exit at this depth, which these rows have read. Default: begin at the beginning.
     """
     exits = {layer: index for index, layer in enumerate(stages.exit_layers)}
-    for layer in range(stages.exit_layers[-1] + 1):
-        if layer > 0:
+    for layer in range(after or 0, stages.exit_layers[-1] + 1):
+        if layer > 0 and layer != after:
             state = stages.run_block(layer, state)
             on_block(layer, state)
-        if layer in exits:
+        if layer in exits and layer != after:
             next_state = on_exit(exits[layer], state)
             if next_state is None:
                 return
@@ -75,6 +87,79 @@ def token_columns(mask: Array) -> slice:
     """The narrowest span of columns that holds every token of these rows; mask (rows, tokens), bool."""
     used = np.flatnonzero(mask.any(axis=0))
     return slice(int(used[0]), int(used[-1]) + 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch(Generic[State]):
+    """Rows at one depth, which go on together.
+
+    Args:
+        state: what the stages know of them.
+        mask: (rows, tokens), bool: which columns of which rows hold a token.
+        rows: (rows,), which row of the input each of them is.
+        exit_logits: (rows, exits read so far, labels), float64.
+    """
+
+    state: State
+    mask: Array
+    rows: Array
+    exit_logits: Array
+
+    @classmethod
+    def fresh(cls, state: State, mask: Array, rows: Array, num_labels: int) -> "Batch[State]":
+        """Rows that have read no exit yet."""
+        return cls(state, mask, rows, np.empty((len(rows), 0, num_labels)))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def keep_rows(stages: Stages[State], batch: Batch[State], rows: Array | None) -> Batch[State]:
+    """Compaction: these rows (indices into the batch's; `None`: all), in columns that one of them needs."""
+    mask = batch.mask if rows is None else batch.mask[rows]
+    columns = token_columns(mask)
+    if rows is None and columns == slice(0, mask.shape[1]):
+        return batch
+    mask = mask[:, columns]
+    state = stages.compact(batch.state, rows, columns, padded=not mask.all())
+    if rows is None:
+        return replace(batch, state=state, mask=mask)
+    return Batch(state, mask, batch.rows[rows], batch.exit_logits[rows])
+
+
+def run_to_exit(
+    stages: Stages[State],
+    batch: Batch[State],
+    policy: "ExitPolicy",
+    thresholds: Sequence[float | None],
+    problem_type: str,
+) -> tuple[Batch[State], Array]:
+    """Run the rows on to the next exit where rows can leave: one that has a threshold, or the last.
+
+    Returns:
+        The same rows behind that exit, and which of them leave there, (rows,), bool; at the last exit everyone does.
+    """
+    last = len(stages.exit_layers) - 1
+    exit_logits = batch.exit_logits
+    reached = batch.state
+
+    def on_exit(index: int, state: State) -> State | None:
+        nonlocal exit_logits, reached
+        logits = stages.to_host(stages.read_exit(index, state))
+        exit_logits = np.concatenate([exit_logits, logits[:, None]], axis=1)
+        if index < last and thresholds[index] is None:
+            return state
+        reached = state
+        return None
+
+    seen = exit_logits.shape[1]
+    run_blocks(stages, batch.state, on_exit, after=stages.exit_layers[seen - 1] if seen else None)
+    index = exit_logits.shape[1] - 1
+    if index == last:
+        leaves = np.ones(len(batch), dtype=bool)
+    else:
+        leaves = is_ready(exit_scores(exit_logits, policy, problem_type), thresholds[index])
+    return replace(batch, state=reached, exit_logits=exit_logits), leaves
 
 
 def predict_with_policy(
@@ -96,30 +181,13 @@ def predict_with_policy(
     thresholds = policy.thresholds(num_exits)
     exit_logits = np.full((len(mask), num_exits, num_labels), np.nan)
     exit_taken = np.full(len(mask), num_exits - 1)
-    inside = np.arange(len(mask))  # which row of the input each row of the state is
-
-    def compact(state: State, stay: Array | None) -> State:
-        nonlocal mask, inside
-        if stay is not None:
-            mask, inside = mask[stay], inside[stay]
-        columns = token_columns(mask)
-        if stay is None and columns == slice(0, mask.shape[1]):
-            return state
-        mask = mask[:, columns]
-        return stages.compact(state, stay, columns, padded=not mask.all())
-
-    def on_exit(index: int, state: State) -> State | None:
-        exit_logits[inside, index] = stages.to_host(stages.read_exit(index, state))
-        if index == num_exits - 1:
-            return None
-        if thresholds[index] is None:
-            return state
-        scores = exit_scores(exit_logits[inside, : index + 1], policy, problem_type)
-        leaves = is_ready(scores, thresholds[index])
-        if not leaves.any():
-            return state
-        exit_taken[inside[leaves]] = index
-        return None if leaves.all() else compact(state, np.flatnonzero(~leaves))
-
-    run_blocks(stages, compact(state, None), on_exit)
-    return exit_logits, exit_taken
+    batch = keep_rows(stages, Batch.fresh(state, mask, np.arange(len(mask)), num_labels), None)
+    while True:
+        batch, leaves = run_to_exit(stages, batch, policy, thresholds, problem_type)
+        seen = batch.exit_logits.shape[1]
+        exit_logits[batch.rows[leaves], :seen] = batch.exit_logits[leaves]
+        exit_taken[batch.rows[leaves]] = seen - 1
+        if leaves.all():
+            return exit_logits, exit_taken
+        if leaves.any():
+            batch = keep_rows(stages, batch, np.flatnonzero(~leaves))

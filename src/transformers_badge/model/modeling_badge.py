@@ -13,7 +13,7 @@ Block-wise bypasses and divergence-based exiting are from Zhu et al., ACL 2023 I
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 
@@ -34,7 +35,9 @@ from .loss_badge import exit_losses, infer_problem_type, weighted_loss
 from .modules_badge import BadgeBypass, BadgeExit, LexicalGate, ZeroInitLinear, scale_gradient
 from .outputs_badge import BadgeClassifierOutput, BlockState, EarlyExitOutput
 from .policy_badge import ExitPolicy
+from .rows_badge import check_stream, pad_rows, read_tokens
 from .sources_badge import load_classifier, load_encoder, new_classifier, source_config
+from .stream_badge import READ_AHEAD, StreamedRow, stream_with_policy
 
 
 if TYPE_CHECKING:
@@ -248,9 +251,10 @@ class BadgeForSequenceClassification(BadgePreTrainedModel):
             return state
 
         def on_block(layer: int, state: BlockState) -> None:
-            hidden_states.append(state.hidden_states)
+            if output_hidden_states:
+                hidden_states.append(state.hidden_states)
 
-        run_blocks(self, state, on_exit, *([on_block] if output_hidden_states else []))
+        run_blocks(self, state, on_exit, on_block)
         final_norm = self.adapter.final_norm(self.encoder)
         if output_hidden_states and final_norm is not None:
             hidden_states[-1] = final_norm(hidden_states[-1])
@@ -301,8 +305,7 @@ class BadgeForSequenceClassification(BadgePreTrainedModel):
         Example:
             >>> model.early_exit_predict(**tokenizer(texts, padding=True, return_tensors="pt"), threshold=0.2)
         """
-        policy = ExitPolicy.of(self.config.exit_policy if policy is None else policy, **overrides)
-        policy.thresholds(len(self.exit_layers))  # a list of the wrong length is an error before any work is done
+        policy = self._policy(policy, overrides)
         problem_type = infer_problem_type(self.config.problem_type, self.num_labels, None)
         tokens = self._check(input_ids, attention_mask, inputs_embeds)
         mask = np.ones(tokens.shape[:2], dtype=bool) if attention_mask is None else attention_mask.cpu().numpy() > 0
@@ -318,6 +321,63 @@ class BadgeForSequenceClassification(BadgePreTrainedModel):
             exit_layer=torch.tensor(self.exit_layers)[torch.from_numpy(exit_taken)].to(device),
             exit_logits=logits if output_exit_logits else None,
         )
+
+    def early_exit_stream(
+        self,
+        rows: Iterable[Any],
+        batch_size: int = 32,
+        *,
+        tokenizer: Any = None,
+        in_order: bool = True,
+        policy: ExitPolicy | Mapping[str, Any] | None = None,
+        **overrides: Any,
+    ) -> Generator[StreamedRow, None, None]:
+        """Answer a data set or a stream with full batches in every block: rows that stay are regrouped across batches.
+
+        Each row is answered as `early_exit_predict` answers it. `stream_badge` says how, and what bounds the memory.
+        Rows are read 64 batches ahead, so that those of similar length can share one.
+
+        Args:
+            rows: dicts with `input_ids` and, if need be, `token_type_ids` and `attention_mask`, each a list of whole
+                numbers; what else is in them is left alone. With a tokenizer: texts, or pairs of texts.
+            batch_size: rows per batch. No answer depends on it.
+            tokenizer: the tokenizer of the encoder. Texts beyond what it and the encoder take are cut.
+            in_order: yield answers in the order of the rows; or else as they finish, which is sooner.
+            policy, **overrides: as in `early_exit_predict`.
+
+        Yields:
+            `StreamedRow`: index (place among the rows, from 0), logits (labels,) on the CPU, exit_layer.
+
+        Raises:
+            TypeError, ValueError: bad arguments, at once; a bad row, after the rows before it are answered. So is what
+                `rows` itself raises.
+
+        Example:
+            >>> for row in model.early_exit_stream(texts, tokenizer=tokenizer):
+            ...     print(row.index, row.logits, row.exit_layer)
+        """
+        policy = self._policy(policy, overrides)
+        check_stream(rows, batch_size)
+        config = self.config.get_text_config()
+        tokens = read_tokens(
+            rows, tokenizer, READ_AHEAD * batch_size, config.vocab_size, self.adapter.max_tokens(config)
+        )
+        problem_type = infer_problem_type(self.config.problem_type, self.num_labels, None)
+        answers = stream_with_policy(
+            self, tokens, batch_size, self.num_labels, policy, problem_type, in_order, self._predicting
+        )
+        return (replace(row, logits=torch.from_numpy(row.logits).to(self.dtype)) for row in answers)
+
+    def _policy(self, policy: Any, overrides: dict[str, Any]) -> ExitPolicy:
+        """The policy of one call; a list of the wrong length is an error before any work is done."""
+        checked = ExitPolicy.of(self.config.exit_policy if policy is None else policy, **overrides)
+        checked.thresholds(len(self.exit_layers))
+        return checked
+
+    @contextmanager
+    def _predicting(self) -> Iterator[None]:
+        with torch.no_grad(), self._without_dropout():
+            yield
 
     @contextmanager
     def _without_dropout(self) -> Iterator[None]:
@@ -358,6 +418,24 @@ class BadgeForSequenceClassification(BadgePreTrainedModel):
             else:
                 lexical_logits = lexical_logits.to(lexical.weight.dtype)
         return BlockState(inputs, attention_mask, position_ids, lexical_logits)
+
+    def begin(self, rows: list[dict[str, list[int]]]) -> tuple[BlockState, Any]:
+        """Rows of tokens, checked and padded on the right, and their mask (rows, tokens), bool."""
+        inputs, mask = pad_rows(rows, self._padding_id)
+        tensors = {name: torch.from_numpy(value).to(self.device) for name, value in inputs.items()}
+        attention_mask = self._attention_mask(mask)
+        self._check(tensors["input_ids"], attention_mask, None)
+        return self._begin(tensors["input_ids"], attention_mask, tensors.get("token_type_ids"), None, None), mask
+
+    @property
+    def _padding_id(self) -> int:
+        """The token id for padding, from which some families read that a position has no token."""
+        padding_id = self.config.get_text_config().pad_token_id
+        return 0 if padding_id is None else int(padding_id)
+
+    def _attention_mask(self, mask: Any) -> Tensor | None:
+        """(rows, tokens), int64, of a mask in numpy; `None` where nothing is padded."""
+        return None if mask.all() else torch.from_numpy(mask).to(self.device, torch.long)
 
     def embed(self, state: BlockState) -> BlockState:
         """The rows before the first block."""
@@ -450,6 +528,45 @@ class BadgeForSequenceClassification(BadgePreTrainedModel):
             None,
             arguments,
         )
+
+    def merge(self, states: list[BlockState], masks: list[Any]) -> tuple[BlockState, Any]:
+        """One state of several at the same depth that `begin` began, padded on the right to the widest; its mask."""
+        width = max(mask.shape[1] for mask in masks)
+        mask = np.concatenate([np.pad(mask, ((0, 0), (0, width - mask.shape[1]))) for mask in masks])
+
+        def join(tensors: list[Tensor | None], padding: int = 0, pooled: bool = False) -> Tensor | None:
+            like = next((tensor for tensor in tensors if tensor is not None), None)
+            if like is None:
+                return None
+            # Only token types can be missing from some: they are 0 then.
+            given = [like.new_zeros(m.shape) if t is None else t for t, m in zip(tensors, masks, strict=True)]
+            if not pooled:
+                behind = [(0, 0) * (tensor.ndim - 2) + (0, width - tensor.shape[1]) for tensor in given]
+                given = [F.pad(tensor, pad, value=padding) for tensor, pad in zip(given, behind, strict=True)]
+            return torch.cat(given)
+
+        hidden_states = join([state.hidden_states for state in states])
+        attention_mask = self._attention_mask(mask)
+        # Positions count from column 0 in every row that `begin` began: those of one of the widest hold for all.
+        positions = next(state.position_ids for state, m in zip(states, masks, strict=True) if m.shape[1] == width)
+        positions = None if positions is None else positions[:1]
+        arguments = {}
+        if hidden_states is not None:
+            arguments = self.adapter.block_arguments(self.encoder, hidden_states, attention_mask, positions)
+        merged = BlockState(
+            {
+                name: join([state.inputs[name] for state in states], self._padding_id if name == "input_ids" else 0)
+                for name in states[0].inputs
+            },
+            attention_mask,
+            positions,
+            join([state.lexical_logits for state in states], pooled=True),
+            hidden_states,
+            join([state.bypass_state for state in states], pooled=self.config.bypass_reads == "pooled"),
+            None,
+            arguments,
+        )
+        return merged, mask
 
     def to_host(self, logits: Tensor) -> Any:
         """Logits in numpy: the one wait for the device at each exit."""

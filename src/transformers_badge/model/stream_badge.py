@@ -1,0 +1,170 @@
+"""Regrouping across batches: rows that stay behind an exit wait there for others, and every block runs full batches.
+
+    rows, read ahead and sorted by length  ->  pool behind exit 1  ->  pool behind exit 2  ->  ...  ->  answers
+
+The deepest pool that holds a full batch runs first; new rows begin when none does, and at the end of the input the
+shallowest pool runs first, whose rows fill the next one. Memory is bounded: at most batch_size x exits rows are inside
+the model, READ_AHEAD x batch_size rows are read ahead, and results that wait for an earlier row are at most
+(WINDOW + exits) x batch_size, since a row that holds up more than WINDOW batches is run in whatever company it has.
+
+It is written over `Stages` and in numpy, so that every engine can be streamed.
+"""
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .early_exit_badge import Array, Batch, Stages, State, keep_rows, run_to_exit
+from .rows_badge import take
+
+
+if TYPE_CHECKING:
+    from .policy_badge import ExitPolicy
+
+READ_AHEAD = 64  # batches that are read, tokenized and sorted by length at a time
+WINDOW = 128  # batches whose results may wait for an earlier row; not less than READ_AHEAD, or it could not help
+
+
+@dataclass(frozen=True, slots=True)
+class StreamedRow:
+    """The answer to one row.
+
+    Args:
+        index: which row of the input it is, from 0.
+        logits: (labels,), of the exit that the row took.
+        exit_layer: how many blocks ran for the row; 0 for the lexical exit.
+    """
+
+    index: int
+    logits: Any
+    exit_layer: int
+
+
+def stream_with_policy(
+    stages: Stages[State],
+    rows: Iterable[dict[str, list[int]]],
+    batch_size: int,
+    num_labels: int,
+    policy: "ExitPolicy",
+    problem_type: str,
+    in_order: bool = True,
+    running: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Generator[StreamedRow, None, None]:
+    """Answer rows as they come, each as `predict_with_policy` answers it by itself.
+
+    Args:
+        stages: the model.
+        rows: tokens, as `Stages.begin` takes them. What it raises is raised after the rows before it are answered.
+        policy: when to leave; at the last exit everyone does.
+        in_order: answer in the order of the rows; or else as they finish.
+        running: a context around every use of the stages; it is never open while rows are read or an answer is out.
+    """
+    thresholds = policy.thresholds(len(stages.exit_layers))
+    pools: list[list[Batch[State]]] = [[] for _ in stages.exit_layers]  # behind each exit the rows that stay
+    source, ended, error = iter(rows), False, None
+    fresh: deque[tuple[int, dict[str, list[int]]]] = deque()
+    read = delivered = last_length = 0
+    finished: dict[int, StreamedRow] = {}
+
+    def length(row: tuple[int, dict[str, list[int]]]) -> int:
+        return len(row[1]["input_ids"])
+
+    def start() -> Batch[State]:
+        """A batch of rows that have not begun."""
+        numbers, tokens = zip(*[fresh.popleft() for _ in range(min(batch_size, len(fresh)))], strict=True)
+        return Batch.fresh(*stages.begin(list(tokens)), np.array(numbers), num_labels)
+
+    def run(batch: Batch[State]) -> list[StreamedRow]:
+        """Run a batch to the next exit; who stays goes into the pool behind it."""
+        batch, leaves = run_to_exit(stages, batch, policy, thresholds, problem_type)
+        exit_index = batch.exit_logits.shape[1] - 1
+        if not leaves.all():
+            staying = keep_rows(stages, batch, np.flatnonzero(~leaves)) if leaves.any() else batch
+            pools[exit_index].append(staying)
+        return [
+            StreamedRow(int(batch.rows[place]), batch.exit_logits[place, -1].copy(), stages.exit_layers[exit_index])
+            for place in np.flatnonzero(leaves)
+        ]
+
+    while True:
+        overdue = delivered if in_order and len(finished) > WINDOW * batch_size else None
+        choice = _choose(pools, batch_size, overdue, drain=ended and not fresh)
+        if choice is None and not fresh:
+            if ended:
+                break
+            chunk, error = take(source, READ_AHEAD * batch_size)
+            ended = len(chunk) < READ_AHEAD * batch_size
+            fresh.extend(sorted(enumerate(chunk, read), key=length))
+            read += len(chunk)
+            # From the end nearer to what ran last: then rows of two chunks that meet in a pool are alike in length.
+            if fresh and abs(length(fresh[-1]) - last_length) < abs(length(fresh[0]) - last_length):
+                fresh.reverse()
+            if fresh:
+                last_length = length(fresh[-1])
+            continue
+        with running():
+            answers = run(start() if choice is None else _take_batch(stages, *choice, batch_size))
+        if in_order:
+            finished.update({answer.index: answer for answer in answers})
+            while delivered in finished:
+                yield finished.pop(delivered)
+                delivered += 1
+        else:
+            yield from answers
+    if error is not None:
+        raise error
+
+
+def _choose(
+    pools: list[list[Batch[State]]], batch_size: int, overdue: int | None, drain: bool
+) -> tuple[list[Batch[State]], int] | None:
+    """The pool to run and the place in it of the rows to begin with; `None`: none is due.
+
+    Args:
+        overdue: a row of the input that has to go on, if it is in a pool.
+        drain: no rows are left to begin.
+    """
+    for pool in reversed(pools):
+        if sum(map(len, pool)) >= batch_size:
+            return pool, 0
+    if drain or overdue is not None:
+        for pool in pools:
+            for place, waiting in enumerate(pool):
+                if drain or overdue in waiting.rows:
+                    return pool, place
+    return None
+
+
+def _take_batch(stages: Stages[State], pool: list[Batch[State]], place: int, batch_size: int) -> Batch[State]:
+    """Take up to `batch_size` rows out of a pool: those at `place`, and those nearest to them in length."""
+    first = pool.pop(place)
+    width, room, taken = first.mask.shape[1], batch_size - len(first), [first]
+    for waiting in sorted(pool, key=lambda batch: abs(batch.mask.shape[1] - width)):
+        if not room:
+            break
+        if len(waiting) <= room:
+            pool.remove(waiting)
+        else:
+            nearest = np.argsort(np.abs(_lengths(waiting.mask) - width), kind="stable")
+            pool[pool.index(waiting)] = keep_rows(stages, waiting, np.sort(nearest[room:]))
+            waiting = keep_rows(stages, waiting, np.sort(nearest[:room]))
+        taken.append(waiting)
+        room -= len(waiting)
+    if len(taken) == 1:
+        return first
+    state, mask = stages.merge([batch.state for batch in taken], [batch.mask for batch in taken])
+    return Batch(
+        state,
+        mask,
+        np.concatenate([batch.rows for batch in taken]),
+        np.concatenate([batch.exit_logits for batch in taken]),
+    )
+
+
+def _lengths(mask: Array) -> Array:
+    """Columns up to a row's last token, (rows,)."""
+    return np.asarray(mask.shape[1] - mask[:, ::-1].argmax(axis=1))
