@@ -71,6 +71,8 @@ first, second, batch = sys.argv[1] + "/first", sys.argv[1] + "/second", torch.lo
 model = AutoModelForSequenceClassification.from_pretrained(first, trust_remote_code=True)
 assert "transformers_modules" in type(model).__module__, type(model).__module__
 early = model.early_exit_predict(**batch)
+rows = [{name: value[i].tolist() for name, value in batch.items()} for i in range(3)]
+streamed = [row.exit_layer for row in model.early_exit_stream(rows, 2)]
 with torch.no_grad():
     logits = model(**batch).exit_logits
 
@@ -84,6 +86,7 @@ with torch.no_grad():
     trained, reloaded = model(**batch).exit_logits, again(**batch).exit_logits
 print(json.dumps({
     "logits": logits.tolist(), "layers": early.exit_layer.tolist(), "early": early.logits.tolist(),
+    "streamed": streamed,
     "moved": float((trained - logits).abs().max()), "kept": bool(torch.equal(trained, reloaded)),
     "policy": again.config.exit_policy.to_dict(), "again": again.early_exit_predict(**batch).exit_layer.tolist(),
 }))
@@ -94,6 +97,7 @@ print(json.dumps({
         assert torch.equal(torch.tensor(answer["logits"]), model(**BATCH).exit_logits)
     early = model.early_exit_predict(**BATCH)
     assert answer["layers"] == early.exit_layer.tolist()
+    assert answer["streamed"] == early.exit_layer.tolist()
     # rows that were gathered can lie elsewhere in memory, which may change the last bit
     assert torch.allclose(torch.tensor(answer["early"]), early.logits, atol=1e-5)
     assert answer["moved"] > 1e-3
