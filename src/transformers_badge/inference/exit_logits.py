@@ -1,7 +1,8 @@
 """Making an exit table: a model is run once, at full depth, over a data set."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,9 @@ import torch
 
 from transformers_badge.exit_table import ExitTable, digest_rows
 from transformers_badge.inference.predict import token_limit
+from transformers_badge.inference.predictor import BadgePredictor
 from transformers_badge.model.loss_badge import infer_problem_type
+from transformers_badge.model.policy_badge import ExitPolicy
 
 
 # What the lexical exit costs, in blocks: it runs for every row. `benchmarks/lexical.py` measures it.
@@ -31,7 +34,7 @@ def make_exit_table(
     """Run every block and every exit over texts.
 
     Args:
-        model: a `BadgeForSequenceClassification`.
+        model: a `BadgeForSequenceClassification`, or the `BadgePredictor` that will run.
         tokenizer: the tokenizer of its encoder.
         columns: one list of texts, or two for pairs.
         labels: (rows,) class indices, or (rows, labels) of 0 and 1. Default: none.
@@ -55,21 +58,16 @@ def make_exit_table(
     encoded = tokenizer(*[list(column) for column in columns], truncation=True, max_length=limit)
     lengths = np.array([len(ids) for ids in encoded["input_ids"]])
     exits, order = len(model.exit_layers), np.argsort(lengths, kind="stable")
-    dtype = np.float64 if model.dtype == torch.float64 else np.float32  # half precision fits float32 exactly
+    is_double = not isinstance(model, BadgePredictor) and model.dtype == torch.float64
+    dtype = np.float64 if is_double else np.float32  # half precision fits float32 exactly
     exit_logits = np.empty((rows, exits, model.num_labels), dtype=dtype)
-    was_training = model.training
-    model.eval()
-    try:
+    with _evaluating(model):
         for start in range(0, rows, batch_size):
             chosen = order[start : start + batch_size]
             batch = {name: [values[row] for row in chosen] for name, values in encoded.items()}
-            inputs = tokenizer.pad(batch, return_tensors="pt").to(model.device)
-            if lexical_logits is not None:
-                inputs["lexical_logits"] = torch.as_tensor(np.asarray(lexical_logits)[chosen], device=model.device)
-            exit_logits[chosen] = model.to_host(model(**inputs).exit_logits)
+            given = None if lexical_logits is None else np.asarray(lexical_logits)[chosen]
+            exit_logits[chosen] = _every_exit(model, tokenizer.pad(batch, return_tensors="pt"), given)
             on_batch(len(chosen))
-    finally:
-        model.train(was_training)
     return ExitTable(
         exit_logits=exit_logits,
         exit_layers=tuple(model.exit_layers),
@@ -83,8 +81,35 @@ def make_exit_table(
     )
 
 
+def _every_exit(model: Any, inputs: Any, lexical_logits: Any) -> Any:
+    """Logits (rows, exits, labels) of a padded batch, in numpy."""
+    if isinstance(model, BadgePredictor):
+        if lexical_logits is not None:
+            raise ValueError("lexical_logits can be given to a BadgeForSequenceClassification alone.")
+        return model.early_exit_predict(**inputs, policy=ExitPolicy(), output_exit_logits=True).exit_logits
+    inputs = inputs.to(model.device)
+    if lexical_logits is not None:
+        inputs["lexical_logits"] = torch.as_tensor(lexical_logits, device=model.device)
+    return model.to_host(model(**inputs).exit_logits)
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Without dropout, which an exported model has not."""
+    was_training = not isinstance(model, BadgePredictor) and model.training
+    if was_training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if was_training:
+            model.train()
+
+
 def digest_model(model: Any) -> str:
     """A digest of a model's weights, to tell whether an exit table is its own; the exit policy has no part in it."""
+    if isinstance(model, BadgePredictor):
+        return model.digest
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

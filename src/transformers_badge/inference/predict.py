@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
+import numpy as np
+from scipy.special import expit, softmax
 
 
 def predict_texts(
@@ -17,7 +18,7 @@ def predict_texts(
     """Classify texts with early exit.
 
     Args:
-        model: a `BadgeForSequenceClassification`.
+        model: a `BadgeForSequenceClassification` or a `BadgePredictor`.
         tokenizer: the tokenizer of its encoder.
         texts: texts, or pairs of texts.
         batch_size: rows per batch; texts of similar length share one. No answer depends on it.
@@ -45,23 +46,25 @@ def predict_texts(
     for answer in model.early_exit_stream(rows, batch_size, in_order=False, **overrides):
         streamed[order[answer.index]] = answer
         on_batch(1)
-    answers = answer_rows(torch.stack([row.logits for row in streamed]), model.config)
+    answers = answer_rows([row.logits.tolist() for row in streamed], model.config)
     return [{**answer, "exit_layer": row.exit_layer} for answer, row in zip(answers, streamed, strict=True)]
 
 
 def token_limit(model: Any, tokenizer: Any, max_tokens: int | None = None) -> int:
-    """How many tokens a row may have: what encoder and tokenizer take, or less if asked for."""
-    limits = (model.adapter.max_tokens(model.config.encoder_config), tokenizer.model_max_length, max_tokens)
-    return int(min(limit for limit in limits if limit is not None))
+    """How many tokens a row may have: what model and tokenizer take, or less if asked for."""
+    limits = [model.max_tokens, tokenizer.model_max_length]
+    return int(min(limits if max_tokens is None else [*limits, max_tokens]))
 
 
 def answer_rows(logits: Any, config: Any) -> list[dict[str, Any]]:
     """Labels and scores in words: logits (rows, labels) to one dict per row."""
-    logits, names = logits.float(), config.id2label
+    logits, names = np.asarray(logits, np.float64), config.id2label
     if config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1):
         return [{"label": names[0], "score": value} for value in logits[:, 0].tolist()]
     if config.problem_type == "multi_label_classification":
-        likely = [[(names[i], p) for i, p in enumerate(row) if p >= 0.5] for row in torch.sigmoid(logits).tolist()]
+        likely = [[(names[i], p) for i, p in enumerate(row) if p >= 0.5] for row in expit(logits).tolist()]
         return [{"label": [name for name, _ in row], "score": [p for _, p in row]} for row in likely]
-    scores, labels = torch.softmax(logits, dim=-1).max(dim=-1)
+    probabilities = softmax(logits, axis=-1)
+    labels = probabilities.argmax(axis=-1)
+    scores = probabilities.max(axis=-1)
     return [{"label": names[i], "score": p} for i, p in zip(labels.tolist(), scores.tolist(), strict=True)]

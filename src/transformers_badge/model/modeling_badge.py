@@ -359,9 +359,7 @@ class BadgeForSequenceClassification(BadgePreTrainedModel):
         policy = self._policy(policy, overrides)
         check_stream(rows, batch_size)
         config = self.config.get_text_config()
-        tokens = read_tokens(
-            rows, tokenizer, READ_AHEAD * batch_size, config.vocab_size, self.adapter.max_tokens(config)
-        )
+        tokens = read_tokens(rows, tokenizer, READ_AHEAD * batch_size, config.vocab_size, self.max_tokens)
         problem_type = infer_problem_type(self.config.problem_type, self.num_labels, None)
         answers = stream_with_policy(
             self, tokens, batch_size, self.num_labels, policy, problem_type, in_order, self._predicting
@@ -393,7 +391,7 @@ class BadgeForSequenceClassification(BadgePreTrainedModel):
     def _check(self, input_ids: Any, attention_mask: Any, inputs_embeds: Any, lexical_logits: Any = None) -> Tensor:
         """The tokens of a batch, ids or embeddings, once it is known to be sound."""
         config = self.config.get_text_config()
-        check_inputs(input_ids, attention_mask, inputs_embeds, config.vocab_size, self.adapter.max_tokens(config))
+        check_inputs(input_ids, attention_mask, inputs_embeds, config.vocab_size, self.max_tokens)
         tokens: Tensor = input_ids if inputs_embeds is None else inputs_embeds
         check_lexical(lexical_logits, input_ids, (len(tokens), self.num_labels), self.config.lexical_exit)
         return tokens
@@ -421,14 +419,19 @@ class BadgeForSequenceClassification(BadgePreTrainedModel):
 
     def begin(self, rows: list[dict[str, list[int]]]) -> tuple[BlockState, Any]:
         """Rows of tokens, checked and padded on the right, and their mask (rows, tokens), bool."""
-        inputs, mask = pad_rows(rows, self._padding_id)
+        inputs, mask = pad_rows(rows, self.padding_id)
         tensors = {name: torch.from_numpy(value).to(self.device) for name, value in inputs.items()}
         attention_mask = self._attention_mask(mask)
         self._check(tensors["input_ids"], attention_mask, None)
         return self._begin(tensors["input_ids"], attention_mask, tensors.get("token_type_ids"), None, None), mask
 
     @property
-    def _padding_id(self) -> int:
+    def max_tokens(self) -> int:
+        """How many tokens a row may have."""
+        return self.adapter.max_tokens(self.config.encoder_config)
+
+    @property
+    def padding_id(self) -> int:
         """The token id for padding, from which some families read that a position has no token."""
         padding_id = self.config.get_text_config().pad_token_id
         return 0 if padding_id is None else int(padding_id)
@@ -555,7 +558,7 @@ class BadgeForSequenceClassification(BadgePreTrainedModel):
             arguments = self.adapter.block_arguments(self.encoder, hidden_states, attention_mask, positions)
         merged = BlockState(
             {
-                name: join([state.inputs[name] for state in states], self._padding_id if name == "input_ids" else 0)
+                name: join([state.inputs[name] for state in states], self.padding_id if name == "input_ids" else 0)
                 for name in states[0].inputs
             },
             attention_mask,

@@ -1,0 +1,323 @@
+"""Export to ONNX Runtime: the stages of a model, traced one by one."""
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from transformers_badge.inference.onnx_stages import (
+    ARGUMENTS,
+    EMBEDDING,
+    GRAPH,
+    RENEWED,
+    OnnxStages,
+    argument,
+    exit_stage,
+    import_onnxruntime,
+)
+from transformers_badge.inference.predictor import FORMAT, MANIFEST, digest_file
+from transformers_badge.model.loss_badge import infer_problem_type
+from transformers_badge.model.outputs_badge import BlockState
+
+
+PRECISIONS = ("fp32", "int8")
+_ROWS, _TOKENS = 5, 11  # of the batch that graphs are traced with
+_TOLERANCE = 1e-4  # between logits of the graphs and of the model, in fp32
+
+
+class Embedding(nn.Module):
+    """The rows before the first block."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> dict[str, Tensor]:
+        """From (rows, tokens), int64."""
+        inputs = {"input_ids": input_ids, "inputs_embeds": None, "token_type_ids": token_type_ids}
+        state = self.model.embed(BlockState(inputs, attention_mask, None))
+        # One row of positions can stand for all: here each has its own, as when rows were dropped and merged.
+        positions = None if state.position_ids is None else state.position_ids.expand(input_ids.shape)
+        made = _block_arguments(self.model, state.hidden_states, attention_mask, positions)
+        return {**_present(hidden_states=state.hidden_states, position_ids=positions), **_name_arguments(made)}
+
+
+class Arguments(nn.Module):
+    """What blocks need besides, once rows or columns were dropped."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """As in `BlockState`."""
+        return _name_arguments(_block_arguments(self.model, hidden_states, attention_mask, position_ids))
+
+
+class BlocksAndExit(nn.Module):
+    """The blocks since one exit, and the next.
+
+    Args:
+        arguments: what the model hands its blocks: these have the same structure, and other tensors.
+    """
+
+    def __init__(self, model: Any, exit_index: int, arguments: dict[str, Any]) -> None:
+        super().__init__()
+        self.model, self.exit_index = model, exit_index
+        self.leaves, self.structure = tree_flatten(arguments)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor,
+        arguments: list[Tensor],
+        bypass_state: Tensor | None = None,
+        lexical_logits: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """As in `BlockState`; arguments in the order of `_name_arguments`."""
+        model, layers = self.model, self.model.exit_layers
+        given = iter(arguments)
+        leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
+        made = tree_unflatten(leaves, self.structure)
+        state = BlockState({}, attention_mask, None, lexical_logits, hidden_states, bypass_state, None, made)
+        first = layers[self.exit_index - 1] + 1 if self.exit_index else 1
+        for layer in range(first, layers[self.exit_index] + 1):
+            state = model.run_block(layer, state)
+        logits = model.read_exit(self.exit_index, state)
+        if self.exit_index == len(layers) - 1:
+            return {"logits": logits}
+        return _present(hidden_states=state.hidden_states, bypass_state=state.bypass_state, logits=logits)
+
+
+class Lexical(nn.Module):
+    """Exit 0."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.exit = model.exits[0]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        """From (rows, tokens), int64."""
+        buckets = self.exit.buckets(input_ids, attention_mask)
+        found = (buckets > 0)[..., None].to(self.exit.weight.dtype)
+        # The sum that `LexicalExit` has embedding_bag for, which would be exported as a loop over the rows.
+        total = (nn.functional.embedding(buckets, self.exit.weight) * found).sum(dim=1)
+        return {"lexical_logits": self.exit.bias + total / found.sum(dim=1).clamp(min=1).sqrt()}
+
+
+def export_onnx(
+    model: Any,
+    tokenizer: Any,
+    folder: str | os.PathLike[str],
+    precision: str = "fp32",
+    source: str | None = None,
+    also: Sequence[Path] = (),
+) -> Path:
+    """Write a model for ONNX Runtime: its graph, its tokenizer, and the policy that it has.
+
+    In fp32 its logits are compared with the model's before anything is put in place.
+
+    Args:
+        model: a `BadgeForSequenceClassification`.
+        tokenizer: the tokenizer of its encoder.
+        folder: where to; an earlier export there is replaced, whole.
+        precision: "fp32", or "int8" for the blocks' weights and activations. For int8 calibrate the export: its exits
+            are not quite those of the model, and what was shown of its policy was not shown of them.
+        source: the checkpoint's `digest_weights`, to tell later whether the export is still of it.
+        also: files that go with it.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ModuleNotFoundError: the extra `onnxruntime` is not installed.
+        ValueError: an unknown precision, or an encoder of which ONNX Runtime does not give the same answers.
+        OSError: the folder holds something else, or cannot be written.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}.")
+    import_onnxruntime()
+    try:
+        import onnx
+        import onnxscript  # noqa: F401
+
+        from transformers_badge.inference.onnx_join import join_stages
+        from transformers_badge.inference.rowwise_int8 import quantize_rowwise
+    except ImportError as error:
+        raise ModuleNotFoundError("An export needs more: pip install 'transformers-badge[onnxruntime]'.") from error
+    folder = Path(folder)
+    if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise OSError(f"{folder} holds something that is not an export: choose another folder.")
+    # Of its own, in fp32, and with attention as ONNX Runtime likes it best.
+    ours = copy.deepcopy(model).float().cpu().eval()
+    ours.encoder.set_attn_implementation("eager")
+
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        stages = _trace_stages(ours)
+        onnx.save(join_stages(stages), unfinished / GRAPH)
+        _compare(ours, unfinished)
+        if precision == "int8":
+            stages = {name: quantize_rowwise(stage) for name, stage in stages.items()}
+            onnx.save(join_stages(stages), unfinished / GRAPH)
+        tokenizer.save_pretrained(unfinished)
+        for path in also:
+            shutil.copy(path, unfinished)
+        config = copy.deepcopy(model.config)
+        if precision != "fp32":
+            config.exit_policy = replace(config.exit_policy, certificate=None)
+        # Without the code of a checkpoint, which an export does not have.
+        stored = {key: v for key, v in config.to_diff_dict().items() if key not in ("auto_map", "custom_pipelines")}
+        (unfinished / "config.json").write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n")
+        manifest = {
+            "format": FORMAT,
+            "precision": precision,
+            "exit_layers": list(ours.exit_layers),
+            "num_labels": ours.num_labels,
+            "problem_type": infer_problem_type(ours.config.problem_type, ours.num_labels, None),
+            "max_tokens": ours.max_tokens,
+            "vocab_size": ours.config.get_text_config().vocab_size,
+            "padding_id": ours.padding_id,
+            "source": source,
+            "graph": digest_file(unfinished / GRAPH),
+        }
+        (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        old = folder.with_name(folder.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(unfinished, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def _block_arguments(model: Any, hidden_states: Any, attention_mask: Tensor, position_ids: Any) -> dict[str, Any]:
+    made: dict[str, Any] = model.adapter.block_arguments(model.encoder, hidden_states, attention_mask, position_ids)
+    return made
+
+
+def _present(**tensors: Tensor | None) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def _name_arguments(arguments: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors among the arguments of blocks, in a fixed order."""
+    leaves, _ = tree_flatten(arguments)
+    return {argument(index): leaf for index, leaf in enumerate(t for t in leaves if isinstance(t, Tensor))}
+
+
+@torch.no_grad()
+def _trace_stages(model: Any) -> dict[str, Any]:
+    """A graph for every stage, by name, in the order in which they run.
+
+    What one of them hands on is what the next is traced with.
+    """
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.config.get_text_config().vocab_size, (_ROWS, _TOKENS), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    types = torch.zeros_like(ids)
+    state: dict[str, Tensor] = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+    inputs = {"input_ids": ids, "inputs_embeds": None, "token_type_ids": types}
+    embedded = model.embed(BlockState(inputs, mask, None))
+    arguments = _block_arguments(model, embedded.hidden_states, mask, embedded.position_ids)
+
+    traced: dict[str, Any] = {}
+
+    def trace(name: str, stage: nn.Module, *takes: str) -> None:
+        given: dict[str, Any] = {key: state[key] for key in takes if key in state}
+        if isinstance(stage, BlocksAndExit):
+            given["arguments"] = [state[key] for key in _name_arguments(arguments)]
+        traced[name], outputs = _trace(stage, given)
+        state.update(outputs)
+
+    if model.config.lexical_exit:
+        trace(exit_stage(0), Lexical(model), "input_ids", "attention_mask")
+    trace(EMBEDDING, Embedding(model), "input_ids", "attention_mask", "token_type_ids")
+    trace(ARGUMENTS, Arguments(model), "hidden_states", "attention_mask", "position_ids")
+    for index, layer in enumerate(model.exit_layers):
+        if layer > 0:
+            takes = ("hidden_states", "attention_mask", "bypass_state", "lexical_logits")
+            trace(exit_stage(layer), BlocksAndExit(model, index, arguments), *takes)
+    return traced
+
+
+def _trace(stage: nn.Module, inputs: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
+    """The graph of a stage, with rows and tokens left open, and what the stage makes of these inputs."""
+    outputs: dict[str, Tensor] = stage(**inputs)
+    names: list[str] = []
+    for key, value in inputs.items():
+        names += [key] if isinstance(value, Tensor) else [argument(index) for index in range(len(value))]
+    with _quiet():
+        program = torch.onnx.export(
+            stage,
+            kwargs=inputs,
+            input_names=names,
+            output_names=[RENEWED + name if name in names else name for name in outputs],  # no name twice
+            dynamic_shapes=tree_map(_open_axes, inputs),
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    return program.model_proto, outputs
+
+
+def _open_axes(tensor: Tensor) -> dict[int, str]:
+    """Rows and tokens, by the sizes that nothing else has; `_compare` would see it if something had."""
+    names = {_ROWS: "rows", _TOKENS: "tokens"}
+    return {axis: names[size] for axis, size in enumerate(tensor.shape) if size in names}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter talks of its own affairs."""
+    import logging
+    import warnings
+
+    with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+@torch.no_grad()
+def _compare(model: Any, folder: Path) -> None:
+    """See that the graphs answer as the model does, also for other shapes than they were traced with.
+
+    Raises:
+        ValueError: they do not.
+    """
+    stages = OnnxStages(folder, model.exit_layers, model.padding_id)
+    generator = torch.Generator().manual_seed(1)
+    for rows, tokens in ((1, 1), (1, 5), (5, 12)):
+        ids = torch.randint(0, model.config.get_text_config().vocab_size, (rows, tokens), generator=generator)
+        mask = (torch.arange(tokens) < torch.arange(rows)[:, None] + max(tokens - rows, 1)).long()
+        expected = model(input_ids=ids, attention_mask=mask).exit_logits.numpy()
+        state = stages.embed(stages.begin_padded(ids.numpy(), mask.numpy()))
+        for index, layer in enumerate(model.exit_layers):
+            state = stages.run_block(layer, state) if layer else state
+            difference = float(np.abs(stages.read_exit(index, state) - expected[:, index]).max())
+            if not difference <= _TOLERANCE * max(1.0, float(np.abs(expected[:, index]).max())):
+                raise ValueError(
+                    f"ONNX Runtime answers otherwise than the model: exit {layer} is off by {difference:.2g}. Encoders "
+                    f"of type {model.config.encoder_config.model_type!r} cannot be exported with these versions."
+                )

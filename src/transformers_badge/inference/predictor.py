@@ -1,0 +1,298 @@
+"""Early exit on a fast engine: an exported model, which needs neither torch nor transformers' models."""
+
+import hashlib
+import json
+import os
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from transformers_badge.inference.onnx_stages import GRAPH, OnnxStages
+from transformers_badge.inference.predict import predict_texts
+from transformers_badge.model.early_exit_badge import predict_with_policy
+from transformers_badge.model.policy_badge import ExitPolicy
+from transformers_badge.model.rows_badge import check_stream, read_tokens
+from transformers_badge.model.stream_badge import READ_AHEAD, StreamedRow, stream_with_policy
+
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+MANIFEST = "onnxruntime.json"
+FORMAT = 1
+ENGINES = ("onnxruntime",)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What `BadgePredictor.early_exit_predict` returns, in the order of the input.
+
+    Args:
+        logits: (rows, labels), of the exit that each row took.
+        exit_layer: (rows,), how many blocks ran for the row; 0 for the lexical exit.
+        exit_logits: (rows, exits, labels), NaN where an exit was not reached, if asked for.
+    """
+
+    logits: Array
+    exit_layer: Array
+    exit_logits: Array | None = None
+
+
+class BadgePredictor:
+    """A classifier that an engine runs; answers as `BadgeForSequenceClassification` does.
+
+    Args:
+        stages: the model.
+        config: `id2label`, `problem_type`, `exit_policy` and the rest of config.json.
+        manifest: what the export says of itself.
+        tokenizer: of its encoder.
+    """
+
+    def __init__(self, stages: OnnxStages, config: "PredictorConfig", manifest: dict[str, Any], tokenizer: Any) -> None:
+        self.stages, self.config, self.tokenizer = stages, config, tokenizer
+        self.exit_layers: list[int] = list(stages.exit_layers)
+        self.num_labels: int = manifest["num_labels"]
+        self.precision: str = manifest["precision"]
+        self.max_tokens: int = manifest["max_tokens"]
+        self.digest: str = manifest["graph"][:16]  # tells whether an exit table is this predictor's own
+        self._vocab_size: int = manifest["vocab_size"]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        engine: str = "onnxruntime",
+        precision: str = "fp32",
+        *,
+        provider: str = "CPUExecutionProvider",
+        threads: int | None = None,
+    ) -> "BadgePredictor":
+        """Load what `transformers-badge export` made.
+
+        Args:
+            name_or_path: an export, or the checkpoint that it lies in; a folder or a name on the hub.
+            engine: "onnxruntime".
+            precision: which of a checkpoint's exports, "fp32" or "int8".
+            provider: an execution provider of ONNX Runtime.
+            threads: how many threads work on one product. Default: one per core.
+
+        Raises:
+            ModuleNotFoundError: the engine is not installed.
+            OSError: there is no such export, or a file of it is missing.
+            ValueError: an unknown engine, a provider that is not here, a file that is not what was exported, an
+                export of another version, or one of other weights than the checkpoint's.
+        """
+        if engine not in ENGINES:
+            raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}.")
+        folder = find_export(name_or_path, precision)
+        manifest = read_manifest(folder)
+        from transformers import AutoTokenizer, PreTrainedConfig
+
+        stages = OnnxStages(folder, manifest["exit_layers"], manifest["padding_id"], provider, threads)
+        # Given any config, it does not ask for that of the model, whose class needs torch.
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=PreTrainedConfig())
+        return cls(stages, PredictorConfig.load(folder, manifest), manifest, tokenizer)
+
+    def early_exit_predict(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        token_type_ids: Any = None,
+        *,
+        policy: ExitPolicy | Mapping[str, Any] | None = None,
+        output_exit_logits: bool = False,
+        **overrides: Any,
+    ) -> Prediction:
+        """Answer each row at the first exit that is ready, and run no block for rows that have left.
+
+        Args:
+            input_ids, attention_mask, token_type_ids: (rows, tokens), whole numbers, as arrays, lists or tensors.
+            policy: an `ExitPolicy` or a dict. Default: the export's.
+            output_exit_logits: also return the logits that were seen on the way.
+            **overrides: fields of the policy for this call, such as `criterion`, `threshold`, `patience`.
+
+        Raises:
+            TypeError, ValueError: bad inputs or a bad policy; the message says which and what to do.
+
+        Example:
+            >>> predictor.early_exit_predict(**predictor.tokenizer(texts, padding=True, return_tensors="np"))
+        """
+        policy = self._policy(policy, overrides)
+        ids, mask, types = self._check(input_ids, attention_mask, token_type_ids)
+        state = self.stages.begin_padded(ids, mask, types)
+        problem_type = self.config.problem_type
+        exit_logits, taken = predict_with_policy(self.stages, state, mask > 0, self.num_labels, policy, problem_type)
+        logits = exit_logits[np.arange(len(ids)), taken].astype(np.float32)
+        seen = exit_logits.astype(np.float32) if output_exit_logits else None
+        return Prediction(logits, np.asarray(self.exit_layers)[taken], seen)
+
+    def early_exit_stream(
+        self,
+        rows: Iterable[Any],
+        batch_size: int = 32,
+        *,
+        tokenizer: Any = None,
+        in_order: bool = True,
+        policy: ExitPolicy | Mapping[str, Any] | None = None,
+        **overrides: Any,
+    ) -> Generator[StreamedRow, None, None]:
+        """Answer a data set or a stream with full batches; as `BadgeForSequenceClassification.early_exit_stream`."""
+        policy = self._policy(policy, overrides)
+        check_stream(rows, batch_size)
+        tokens = read_tokens(rows, tokenizer, READ_AHEAD * batch_size, self._vocab_size, self.max_tokens)
+        problem_type = self.config.problem_type
+        return stream_with_policy(self.stages, tokens, batch_size, self.num_labels, policy, problem_type, in_order)
+
+    def __call__(
+        self, texts: str | Sequence[str] | Sequence[tuple[str, str]], batch_size: int = 32, **overrides: Any
+    ) -> list[dict[str, Any]]:
+        """Classify texts, or pairs of texts, as a text-classification pipeline does.
+
+        Returns:
+            `{"label": ..., "score": ..., "exit_layer": ...}` for each, in order.
+
+        Raises:
+            TypeError: something else than texts.
+        """
+        rows: Any = [texts] if isinstance(texts, str) else list(texts)
+        for index, row in enumerate(rows):
+            parts = [row] if isinstance(row, str) else row
+            if not (isinstance(parts, (list, tuple)) and len(parts) <= 2 and all(isinstance(p, str) for p in parts)):
+                raise TypeError(f"Row {index} must be a text or a pair of texts, got {type(row).__name__}.")
+        return predict_texts(self, self.tokenizer, rows, batch_size, **overrides)
+
+    def _policy(self, policy: Any, overrides: dict[str, Any]) -> ExitPolicy:
+        """The policy of one call."""
+        checked = ExitPolicy.of(self.config.exit_policy if policy is None else policy, **overrides)
+        checked.thresholds(len(self.exit_layers))
+        return checked
+
+    def _check(self, input_ids: Any, attention_mask: Any, token_type_ids: Any) -> tuple[Array, Array, Array | None]:
+        """Arrays of a sound batch, int64."""
+        ids = np.asarray(input_ids)
+        if ids.ndim != 2:
+            raise ValueError(f"input_ids must have the shape (rows, tokens), got {ids.shape}.")
+        if ids.shape[0] == 0 or ids.shape[1] == 0:
+            raise ValueError("The batch is empty: give at least one row with at least one token.")
+        if ids.dtype.kind not in "iu":
+            raise TypeError(f"input_ids must be whole numbers, got {ids.dtype}.")
+        if ids.shape[1] > self.max_tokens:
+            raise ValueError(
+                f"The rows have {ids.shape[1]} tokens, but this model takes at most {self.max_tokens}: tokenize with "
+                f"truncation=True, max_length={self.max_tokens}."
+            )
+        if ids.min() < 0 or ids.max() >= self._vocab_size:
+            raise ValueError(f"input_ids must be in [0, {self._vocab_size}): use the tokenizer of this export.")
+        mask = np.ones(ids.shape, np.int64) if attention_mask is None else np.asarray(attention_mask)
+        for name, value in (("attention_mask", mask), ("token_type_ids", token_type_ids)):
+            if value is not None and np.shape(value) != ids.shape:
+                raise ValueError(f"{name} must have the shape {ids.shape} of input_ids, got {np.shape(value)}.")
+        if not ((mask == 0) | (mask == 1)).all():
+            raise ValueError("attention_mask must hold only 0 (padding) and 1 (token).")
+        empty = np.flatnonzero(~(mask > 0).any(axis=1))
+        if empty.size:
+            raise ValueError(f"attention_mask is all zero in row {empty[0]}: every row needs at least one token.")
+        types = None if token_type_ids is None else np.asarray(token_type_ids, np.int64)
+        return ids.astype(np.int64), mask.astype(np.int64), types
+
+
+@dataclass
+class PredictorConfig:
+    """What a predictor needs of config.json."""
+
+    id2label: dict[int, str]
+    problem_type: str
+    exit_policy: ExitPolicy
+    num_labels: int
+    lexical_exit: bool
+
+    @classmethod
+    def load(cls, folder: Path, manifest: dict[str, Any]) -> "PredictorConfig":
+        """Read it from an export."""
+        try:
+            stored = json.loads((folder / "config.json").read_text())
+            id2label = {int(index): name for index, name in stored["id2label"].items()}
+            policy = ExitPolicy.of(stored["exit_policy"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{folder / 'config.json'} is missing or damaged ({error}): export the model again."
+            ) from error
+        exits = manifest["exit_layers"]
+        return cls(id2label, manifest["problem_type"], policy, manifest["num_labels"], exits[0] == 0)
+
+
+def find_export(name_or_path: str | os.PathLike[str], precision: str) -> Path:
+    """The folder of an export: the one given, or the one of this precision in the checkpoint given.
+
+    Raises:
+        OSError: there is none.
+        ValueError: it is of other weights than the checkpoint's.
+    """
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            folder = Path(snapshot_download(str(name_or_path)))
+        except (OSError, HFValidationError) as error:
+            raise OSError(
+                f"{name_or_path} is neither a folder nor a checkpoint that can be downloaded: {error}"
+            ) from error
+    if (folder / MANIFEST).is_file():
+        return folder
+    export = folder / export_name(precision)
+    if not (export / MANIFEST).is_file():
+        raise OSError(
+            f"There is no export in {folder}: make one with transformers-badge export {name_or_path} "
+            f"--precision {precision}."
+        )
+    source = json.loads((export / MANIFEST).read_text()).get("source")
+    if source is not None and source != digest_weights(folder):
+        raise ValueError(
+            f"The weights in {folder} have changed since {export.name} was made: run transformers-badge export again."
+        )
+    return export
+
+
+def export_name(precision: str) -> str:
+    """The folder, in a checkpoint, of its export."""
+    return f"onnxruntime-{precision}"
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What an export says of itself, once its files are known to be those that were written.
+
+    Raises:
+        OSError: a file is missing.
+        ValueError: the manifest is damaged or of a newer version, or a file is not what was exported.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        digest, version = str(manifest["graph"]), int(manifest["format"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / MANIFEST} is damaged: export the model again.") from error
+    if version != FORMAT:
+        raise ValueError(
+            f"{folder} was exported by another version (format {version}; this one reads {FORMAT}): export the model "
+            "again, or use that version."
+        )
+    if not (folder / GRAPH).is_file():
+        raise OSError(f"{folder / GRAPH} is missing: export the model again.")
+    if digest_file(folder / GRAPH) != digest:
+        raise ValueError(f"{folder / GRAPH} is not what was exported: export the model again.")
+    return dict(manifest)
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_weights(checkpoint: Path) -> str:
+    """Of the weights in a checkpoint's folder."""
+    digests = [digest_file(path) for path in sorted(checkpoint.glob("*.safetensors"))]
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()
