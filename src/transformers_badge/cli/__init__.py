@@ -8,6 +8,7 @@ from transformers_badge.cli.calibrate import calibrate
 from transformers_badge.cli.convert import convert
 from transformers_badge.cli.demo import demo
 from transformers_badge.cli.evaluate import evaluate
+from transformers_badge.cli.export import export
 from transformers_badge.cli.predict import predict
 from transformers_badge.cli.train import train
 
@@ -24,6 +25,7 @@ app.command()(train)
 app.command()(calibrate)
 app.command()(predict)
 app.command()(evaluate)
+app.command()(export)
 app.command()(demo)
 
 

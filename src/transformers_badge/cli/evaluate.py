@@ -76,12 +76,12 @@ def _time(model: Any, tokenizer: Any, rows: Any, table: Any) -> dict[str, Any]:
         stored if stored.criterion == "learned" else ExitPolicy(criterion="learned", rule=fit_rule(table))
     )
     columns = [column[:TIMED_ROWS] for column in rows.columns]
-    limit = token_limit(model, tokenizer)
+    limit, device = token_limit(model, tokenizer), getattr(model, "device", "cpu")
     batches = [
         tokenizer(
             *[column[start : start + TIMED_BATCH] for column in columns],
             padding=True, truncation=True, max_length=limit, return_tensors="pt",
-        ).to(model.device)
+        ).to(device)
         for start in range(0, len(columns[0]), TIMED_BATCH)
     ]  # fmt: skip
     with tqdm(total=ROUNDS + 1, desc="timing", unit="round") as bar:

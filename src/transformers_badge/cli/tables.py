@@ -15,12 +15,17 @@ class Rows:
 
 
 def load_model(checkpoint: str) -> tuple[Any, Any]:
-    """A BADGE model, in eval mode, and its tokenizer.
+    """A BADGE model, in eval mode, or an export of one; and its tokenizer.
 
     Raises:
         OSError: nothing could be loaded.
         ValueError: it is another kind of model, or predicts no classes.
     """
+    from transformers_badge.inference.predictor import MANIFEST, BadgePredictor
+
+    if (Path(checkpoint) / MANIFEST).is_file():
+        predictor = BadgePredictor.from_pretrained(checkpoint)
+        return predictor, predictor.tokenizer
     from transformers import AutoConfig, AutoTokenizer
 
     from transformers_badge import BadgeForSequenceClassification

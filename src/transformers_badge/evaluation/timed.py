@@ -28,8 +28,8 @@ def time_policies(
     """Time every policy at thresholds that give it some layer speedups, over the same batches.
 
     Args:
-        model: a `BadgeForSequenceClassification`.
-        batches: inputs of `forward`.
+        model: a `BadgeForSequenceClassification` or a `BadgePredictor`.
+        batches: inputs of `early_exit_predict`.
         table: of the same kind of rows, to choose thresholds from, and for the accuracy at them.
         policies: by the name of the criterion; their thresholds are replaced.
         on_round: called after every round.
@@ -51,12 +51,12 @@ def time_policies(
             chosen[f"{criterion} {index}"] = criterion, timed, float(speedups[index]), value
 
     def run(policy: ExitPolicy) -> Callable[[], Any]:
-        return lambda: [model.early_exit_predict(**batch, policy=policy).logits.cpu() for batch in batches]
+        return lambda: [model.early_exit_predict(**batch, policy=policy) for batch in batches]
 
     with torch.no_grad():
         timings = time_in_turns(
             {
-                "full depth": lambda: [model(**batch).logits.cpu() for batch in batches],
+                "full depth": run(ExitPolicy()),
                 **{key: run(entry[1]) for key, entry in chosen.items()},
             },
             ROUNDS,
