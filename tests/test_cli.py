@@ -379,3 +379,29 @@ def test_the_demo_says_so_when_no_registry_can_be_reached(tmp_path, capsys, monk
     assert list((tmp_path / "demo").iterdir()) == []
     (tmp_path / "file").write_text("in the way")
     assert "cannot be written to" in failing(capsys, "demo", "--output-dir", tmp_path / "file")
+
+
+def test_an_export_is_predicted_calibrated_and_evaluated_as_a_checkpoint_is(checkpoint, traffic, tmp_path, capsys):
+    code, printed, err = run(capsys, "export", checkpoint)
+    assert code == 0, err
+    assert "onnxruntime-fp32" in printed
+    export = checkpoint / "onnxruntime-fp32"
+    answers = {}
+    for name, folder in (("model", checkpoint), ("export", export)):
+        code, _, err = run(capsys, "predict", folder, traffic, "--output", tmp_path / f"{name}.jsonl")
+        assert code == 0, err
+        answers[name] = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+    for field in ("text", "label", "exit_layer"):
+        assert [row[field] for row in answers["export"]] == [row[field] for row in answers["model"]]
+    code, printed, err = run(capsys, "evaluate", export, traffic, "--output-dir", tmp_path / "e")
+    assert code == 0, err
+    before = files_of(checkpoint)
+    table = tmp_path / "e" / "exit_table.safetensors"
+    code, printed, err = run(capsys, "calibrate", export, table, "--max-risk", "0.02")
+    assert code == 0, err
+    assert files_of(checkpoint) == before  # the policy is the export's own
+    assert json.loads((export / "config.json").read_text())["exit_policy"]["certificate"]["met"]
+    assert "The exit table is of another model: its weights" in failing(capsys, "calibrate", checkpoint, table)
+    assert "is an export already" in failing(capsys, "export", export)
+    assert "engine must be one of onnxruntime" in failing(capsys, "export", checkpoint, "--engine", "x")
+    assert "precision must be one of fp32, int8" in failing(capsys, "export", checkpoint, "--precision", "fp8")

@@ -3,7 +3,10 @@
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from transformers_badge import BadgeConfig, BadgeForSequenceClassification, ExitTable
 
@@ -131,3 +134,12 @@ def pad(rows: list[torch.Tensor], side: str = "right", extra: int = 0) -> dict[s
         ids[i, columns] = row
         mask[i, columns] = 1
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def tiny_tokenizer() -> Any:
+    """Words w4 to w99, whose ids are their numbers."""
+    names = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", *(f"w{number}" for number in range(4, VOCABULARY))]
+    tokenizer = Tokenizer(WordLevel({name: number for number, name in enumerate(names)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=120, **special)

@@ -1,0 +1,386 @@
+"""The engine ONNX Runtime: an export answers as the model does, and says what is wrong with it."""
+
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnxruntime.quantization import QuantType, quantize_dynamic
+
+from tiny import FAMILIES, PAD, VOCABULARY, pad, random_rows, tiny_model, tiny_tokenizer
+from transformers_badge import BadgePredictor, ExitPolicy, calibrate, export_onnx, make_exit_table
+from transformers_badge.calibration.replay import replay, score_exits
+from transformers_badge.inference import onnx_export
+from transformers_badge.inference.exit_logits import check_table_of_model
+from transformers_badge.inference.onnx_export import _trace_stages
+from transformers_badge.inference.onnx_stages import GRAPH, exit_stage
+from transformers_badge.inference.predictor import MANIFEST, digest_file, digest_weights
+from transformers_badge.inference.rowwise_int8 import quantize_rowwise
+
+
+LENGTHS = [1, 5, 60, 33, 12, 7, 90, 2, 3, 44] * 5
+POLICY = {"criterion": "entropy", "threshold": 0.6}
+
+
+def few_exits(family):
+    """A model of a family, and the same with other weights: a stage of one block, one of two, and exit 0."""
+    blocks = {"n_layers": 3} if family == "distilbert" else {"num_hidden_layers": 3}
+    fields = {"lexical_exit": family in FAMILIES, "exit_layers": [*[0] * (family in FAMILIES), 1, 3]}
+    return [tiny_model(family, seed=seed, encoder=blocks, **fields) for seed in (0, 7)]
+
+
+@pytest.fixture(scope="module")
+def bert_model():
+    model = tiny_model("bert", exit_layers=[0, 2, 4], lexical_exit=True)
+    model.config.exit_policy = ExitPolicy(**POLICY, certificate={"summary": "shown"})
+    return model
+
+
+@pytest.fixture(scope="module")
+def exports(bert_model, tmp_path_factory):
+    """A checkpoint with its exports in it."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    bert_model.save_pretrained(folder)
+    for precision in ("fp32", "int8"):
+        target = folder / f"onnxruntime-{precision}"
+        export_onnx(bert_model, tiny_tokenizer(), target, precision, source=digest_weights(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fp32(exports):
+    return BadgePredictor.from_pretrained(exports)
+
+
+@pytest.fixture(scope="module")
+def int8(exports):
+    return BadgePredictor.from_pretrained(exports, precision="int8")
+
+
+@pytest.fixture
+def export(exports, tmp_path):
+    """An export of one's own, to damage."""
+    return shutil.copytree(exports / "onnxruntime-fp32", tmp_path / "export")
+
+
+def far_from_threshold(table, policy):
+    """Rows none of whose scores is within 1e-5 of the threshold."""
+    return ~(np.abs(score_exits(table, policy) - policy.threshold)[:, :-1] <= 1e-5).any(axis=1)
+
+
+def test_logits_and_exit_layers_are_the_models(every_family, tmp_path):
+    model, other = few_exits(every_family)
+    predictor = BadgePredictor.from_pretrained(export_onnx(model, tiny_tokenizer(), tmp_path / "export"))
+    rows = random_rows(LENGTHS, seed=5)
+    expected = model.early_exit_predict(**pad(rows), policy=POLICY, output_exit_logits=True)
+    layers, logits = expected.exit_layer.numpy(), expected.logits.numpy()
+    assert len(np.unique(layers)) == len(model.exit_layers)
+    for batch in (pad(rows), pad(rows, "left"), pad(rows, extra=5)):
+        output = predictor.early_exit_predict(**batch, policy=POLICY, output_exit_logits=True)
+        np.testing.assert_array_equal(output.exit_layer, layers)
+        np.testing.assert_allclose(output.logits, logits, atol=1e-4)
+        np.testing.assert_allclose(output.exit_logits, expected.exit_logits.numpy(), atol=1e-4)
+    streamed = list(predictor.early_exit_stream([{"input_ids": row.tolist()} for row in rows], 4, policy=POLICY))
+    assert [row.exit_layer for row in streamed] == layers.tolist()
+    np.testing.assert_allclose([row.logits for row in streamed], logits, atol=1e-4)
+    full = predictor.early_exit_predict(**pad(rows), policy=ExitPolicy(), output_exit_logits=True)
+    np.testing.assert_allclose(full.exit_logits, model(**pad(rows)).exit_logits.detach().numpy(), atol=1e-4)
+    # the control: other weights are told apart
+    assert np.abs(other(**pad(rows)).exit_logits.detach().numpy() - full.exit_logits).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"bypass_reads": "pooled"},
+        {"bypass_size": 0},
+        {"num_labels": 1, "problem_type": "regression"},
+        {"num_labels": 4, "problem_type": "multi_label_classification"},
+    ],
+    ids=lambda fields: " ".join(map(str, fields.values())),
+)
+def test_other_kinds_of_models_are_exported_too(fields, tmp_path):
+    model = tiny_model("bert", exit_layers=[2, 4], **fields)
+    predictor = BadgePredictor.from_pretrained(export_onnx(model, tiny_tokenizer(), tmp_path / "export"))
+    batch = pad(random_rows(LENGTHS))
+    policy = ExitPolicy() if "regression" in fields.values() else ExitPolicy(**POLICY)
+    expected, output = (
+        model.early_exit_predict(**batch, policy=policy),
+        predictor.early_exit_predict(**batch, policy=policy),
+    )
+    np.testing.assert_allclose(output.logits, expected.logits.numpy(), atol=1e-4)
+    np.testing.assert_array_equal(output.exit_layer, expected.exit_layer.numpy())
+    words = predictor(["w5 w6", "w7"])
+    assert words == [predictor(text)[0] for text in ("w5 w6", "w7")]
+
+
+def test_a_stream_answers_thousands_of_rows_as_one_at_a_time(bert_model, fp32):
+    lengths = np.random.default_rng(1).integers(1, 60, 2000)
+    rows = [{"input_ids": row.tolist()} for row in random_rows(lengths.tolist(), seed=2)]
+    alone = [fp32.early_exit_predict([row["input_ids"]], output_exit_logits=True) for row in rows]
+    table = replace_logits(bert_model, np.concatenate([output.exit_logits for output in alone]))
+    sure = far_from_threshold(table, fp32.config.exit_policy)
+    assert sure.mean() > 0.99
+    for order in (np.arange(2000), np.argsort(lengths), np.argsort(-lengths)):
+        answers = list(fp32.early_exit_stream((rows[i] for i in order), 32))
+        assert [answer.index for answer in answers] == list(range(2000))
+        layers = np.array([answer.exit_layer for answer in answers])
+        expected = np.array([alone[i].exit_layer[0] for i in order])
+        assert (layers == expected)[sure[order]].all()
+        logits = np.stack([answer.logits for answer in answers])[sure[order]]
+        np.testing.assert_allclose(logits, np.concatenate([alone[i].logits for i in order])[sure[order]], atol=1e-4)
+
+
+def replace_logits(model, exit_logits):
+    """An exit table of these logits."""
+    from transformers_badge import ExitTable
+
+    return ExitTable(exit_logits=exit_logits, exit_layers=tuple(model.exit_layers))
+
+
+def test_int8_is_near_and_answers_no_row_by_its_neighbours(bert_model, int8):
+    rows = random_rows(LENGTHS, seed=3)
+    open_policy = ExitPolicy()
+    together = int8.early_exit_predict(**pad(rows), policy=open_policy, output_exit_logits=True).exit_logits
+    exact = bert_model(**pad(rows)).exit_logits.detach().numpy()
+    error = np.abs(together - exact)
+    assert 1e-4 < error[:, 1:].max() < 0.5, "int8 is int8, and near"
+    assert (together.argmax(-1) == exact.argmax(-1)).mean() > 0.95
+    alone = np.concatenate(
+        [int8.early_exit_predict(row[None], policy=open_policy, output_exit_logits=True).exit_logits for row in rows]
+    )
+    np.testing.assert_allclose(alone, together, atol=1e-4)
+
+
+def test_rowwise_int8_does_not_mix_rows_as_onnxruntimes_own_does(bert_model, tmp_path):
+    """The negative control: one scale for a batch changes answers by more than rounding."""
+    model = bert_model
+    model.encoder.set_attn_implementation("eager")
+    stage = _trace_stages(model)[exit_stage(2)]
+    exact, own = tmp_path / "exact.onnx", tmp_path / "own.onnx"
+    onnx.save(stage, exact)
+    quantize_dynamic(exact, own, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul"])
+    ours = tmp_path / "ours.onnx"
+    onnx.save(quantize_rowwise(stage), ours)
+
+    generator = np.random.default_rng(0)
+    few = generator.normal(size=(1, 6, 32)).astype(np.float32)
+    many = np.concatenate([few, 20 * generator.normal(size=(7, 6, 32)).astype(np.float32)])
+
+    def answer(path, hidden_states):
+        session = onnxruntime.InferenceSession(path)
+        rows = len(hidden_states)
+        given = {
+            "hidden_states": hidden_states,
+            "attention_mask": np.ones((rows, 6), np.int64),
+            "lexical_logits": np.zeros((rows, 3), np.float32),
+            "argument_0": np.zeros((rows, 1, 6, 6), np.float32),
+        }
+        feeds = {value.name: given[value.name] for value in session.get_inputs()}
+        return dict(zip([v.name for v in session.get_outputs()], session.run(None, feeds), strict=True))["logits"]
+
+    differences = {path: np.abs(answer(path, few) - answer(path, many)[:1]).max() for path in (ours, own, exact)}
+    assert differences[exact] < 1e-4
+    assert differences[ours] < 1e-4
+    assert differences[own] > 1e-2
+
+
+def test_eight_threads_give_the_answers_of_one(fp32):
+    batches = [pad(random_rows(LENGTHS[: 4 + i], seed=i)) for i in range(8)]
+    expected = [fp32.early_exit_predict(**batch) for batch in batches]
+    assert len({tuple(output.exit_layer) for output in expected}) > 1
+    wrong, finished = [], []
+
+    def work(i):
+        for _ in range(10):
+            output = fp32.early_exit_predict(**batches[i])
+            if not (np.array_equal(output.exit_layer, expected[i].exit_layer)
+                    and np.allclose(output.logits, expected[i].logits, atol=1e-4)):  # fmt: skip
+                wrong.append(i)
+        finished.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert len(finished) == 8
+
+
+def test_calibration_takes_the_table_of_the_engine_that_runs(bert_model, fp32, int8):
+    texts = [" ".join(f"w{4 + (i * j) % 90}" for j in range(1, 2 + i % 9)) for i in range(300)]
+    tables = {
+        name: make_exit_table(model, tiny_tokenizer(), [texts])
+        for name, model in (("model", bert_model), ("fp32", fp32), ("int8", int8))
+    }
+    np.testing.assert_allclose(tables["fp32"].exit_logits, tables["model"].exit_logits, atol=1e-4)
+    assert np.abs(tables["int8"].exit_logits - tables["model"].exit_logits).max() > 1e-4
+    for name, model in (("model", bert_model), ("fp32", fp32), ("int8", int8)):
+        check_table_of_model(tables[name], model)
+        with pytest.raises(ValueError, match="The exit table is of another model: its weights"):
+            check_table_of_model(tables["int8" if name != "int8" else "fp32"], model)
+    policy = calibrate(tables["int8"], "entropy", target_speedup=1.5)
+    output = int8.early_exit_predict(**tiny_tokenizer()(texts, padding=True, return_tensors="np"), policy=policy)
+    layers = np.array(tables["int8"].exit_layers)[replay(tables["int8"], policy)]
+    np.testing.assert_array_equal(output.exit_layer, layers)
+    assert len(np.unique(layers)) > 1
+    with pytest.raises(ValueError, match="lexical_logits can be given to a BadgeForSequenceClassification alone"):
+        make_exit_table(fp32, tiny_tokenizer(), [texts], lexical_logits=np.zeros((300, 3)))
+
+
+def test_what_was_shown_of_the_model_was_not_shown_of_int8(bert_model, fp32, int8):
+    assert fp32.config.exit_policy == bert_model.config.exit_policy
+    assert int8.config.exit_policy == replace(bert_model.config.exit_policy, certificate=None)
+
+
+def test_texts_are_classified_without_torch(exports, fp32):
+    texts = ["w5 w6 w7", "w50", "w8 w9 w10 w11"]
+    code = """
+import sys
+
+class NoTorch:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "torch":
+            raise ModuleNotFoundError(name)
+
+import importlib.util
+sys.meta_path.insert(0, NoTorch())
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "torch" else find_spec(name, *rest)
+import json
+from transformers_badge import BadgePredictor
+predictor = BadgePredictor.from_pretrained(sys.argv[1])
+print(json.dumps([predictor(sys.argv[2:]), "torch" in sys.modules]))
+"""
+    command = [sys.executable, "-c", code, str(exports), *texts]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    answers, torch_is_there = json.loads(done.stdout.strip().splitlines()[-1])
+    assert not torch_is_there
+    assert answers == fp32(texts)
+
+
+def test_texts_and_pairs_are_taken_and_nothing_else(fp32):
+    assert fp32("w5 w6") == fp32(["w5 w6"])
+    assert set(fp32("w5 w6")[0]) == {"label", "score", "exit_layer"}
+    assert len(fp32([("w5", "w6"), ("w7", "w8")])) == 2
+    assert fp32([]) == []
+    assert [row["exit_layer"] for row in fp32(["w5", "w6"], threshold=None)] == [4, 4]
+    with pytest.raises(TypeError, match="Row 1 must be a text or a pair of texts, got int"):
+        fp32(["w5", 3])
+    with pytest.raises(TypeError, match="Row 0 must be a text or a pair of texts, got dict"):
+        list(fp32.early_exit_stream([{"text": "w5"}], tokenizer=fp32.tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "error", "message"),
+    [
+        ({"input_ids": [1, 2]}, ValueError, r"input_ids must have the shape \(rows, tokens\), got \(2,\)"),
+        ({"input_ids": np.zeros((0, 3), int)}, ValueError, "The batch is empty"),
+        ({"input_ids": [[0.5]]}, TypeError, "input_ids must be whole numbers, got float64"),
+        ({"input_ids": [[VOCABULARY]]}, ValueError, r"input_ids must be in \[0, 100\)"),
+        ({"input_ids": np.full((1, 161), 5)}, ValueError, "The rows have 161 tokens, but this model takes at most 160"),
+        ({"input_ids": [[5, 6]], "attention_mask": [[1]]}, ValueError, "attention_mask must have the shape"),
+        ({"input_ids": [[5, 6]], "attention_mask": [[2, 1]]}, ValueError, "attention_mask must hold only 0"),
+        ({"input_ids": [[5], [PAD]], "attention_mask": [[1], [0]]}, ValueError, "attention_mask is all zero in row 1"),
+        ({"input_ids": [[5]], "criterion": "luck"}, ValueError, "criterion must be one of"),
+        ({"input_ids": [[5]], "threshold": [0.1]}, ValueError, "threshold"),
+    ],
+    ids=lambda value: "",
+)
+def test_bad_inputs_are_named(fp32, inputs, error, message):
+    with pytest.raises(error, match=message):
+        fp32.early_exit_predict(**inputs)
+
+
+def test_bad_exports_are_named(export, exports, tmp_path):
+    load = BadgePredictor.from_pretrained
+    with pytest.raises(ValueError, match="engine must be one of onnxruntime, got 'tensorrt'"):
+        load(export, engine="tensorrt")
+    with pytest.raises(
+        ValueError, match="ONNX Runtime has no provider 'TensorrtExecutionProvider' here: choose one of"
+    ):
+        load(export, provider="TensorrtExecutionProvider")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(OSError, match="There is no export in .*: make one with transformers-badge export"):
+        load(tmp_path / "empty")
+    with pytest.raises(OSError, match="neither a folder nor a checkpoint that can be downloaded"):
+        load(tmp_path / "nowhere")
+    graph = (export / GRAPH).read_bytes()
+    (export / GRAPH).write_bytes(graph[:-1] + bytes([graph[-1] ^ 1]))
+    with pytest.raises(ValueError, match="stages.onnx is not what was exported: export the model again"):
+        load(export)
+    (export / GRAPH).write_bytes(b"no graph")
+    manifest = json.loads((export / MANIFEST).read_text())
+    (export / MANIFEST).write_text(json.dumps({**manifest, "graph": digest_file(export / GRAPH)}))
+    with pytest.raises(ValueError, match="ONNX Runtime cannot read .*stages.onnx"):
+        load(export)
+    (export / GRAPH).unlink()
+    with pytest.raises(OSError, match="stages.onnx is missing: export the model again"):
+        load(export)
+    (export / MANIFEST).write_text(json.dumps({**manifest, "format": 99}))
+    with pytest.raises(ValueError, match="was exported by another version \\(format 99; this one reads 1\\)"):
+        load(export)
+    (export / MANIFEST).write_text("{")
+    with pytest.raises(ValueError, match="onnxruntime.json is damaged"):
+        load(export)
+
+
+def test_a_damaged_config_is_named(export):
+    (export / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="config.json is missing or damaged"):
+        BadgePredictor.from_pretrained(export)
+
+
+def test_an_export_of_other_weights_than_the_checkpoints_is_refused(exports, tmp_path):
+    checkpoint = shutil.copytree(exports, tmp_path / "checkpoint")
+    BadgePredictor.from_pretrained(checkpoint)
+    tiny_model("bert", seed=3, exit_layers=[0, 2, 4], lexical_exit=True).save_pretrained(checkpoint)
+    with pytest.raises(ValueError, match="have changed since onnxruntime-fp32 was made"):
+        BadgePredictor.from_pretrained(checkpoint)
+
+
+def test_an_engine_that_is_not_installed_is_named(bert_model, export, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'transformers-badge\[onnxruntime\]'"):
+        BadgePredictor.from_pretrained(export)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'transformers-badge\[onnxruntime\]'"):
+        export_onnx(bert_model, tiny_tokenizer(), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_goes_wrong_in_an_export_leaves_the_earlier_one(bert_model, export, tmp_path, monkeypatch):
+    before = {path.name: path.read_bytes() for path in export.iterdir()}
+
+    def graph_of_other_weights(model):
+        return _trace_stages(tiny_model("bert", seed=3, exit_layers=[0, 2, 4], lexical_exit=True))
+
+    monkeypatch.setattr(onnx_export, "_trace_stages", graph_of_other_weights)
+    with pytest.raises(ValueError, match="ONNX Runtime answers otherwise than the model: exit 0 is off by"):
+        export_onnx(bert_model, tiny_tokenizer(), export)
+    assert {path.name: path.read_bytes() for path in export.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+    with pytest.raises(ValueError, match="precision must be one of fp32, int8, got 'fp8'"):
+        export_onnx(bert_model, tiny_tokenizer(), export, "fp8")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("dear")
+    with pytest.raises(OSError, match="holds something that is not an export"):
+        export_onnx(bert_model, tiny_tokenizer(), tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "dear"
+
+
+def test_the_models_own_state_is_left_as_it_was(bert_model, tmp_path):
+    model = tiny_model("bert", exit_layers=[2, 4]).train().to(torch.bfloat16)
+    attention = model.encoder.config._attn_implementation
+    export_onnx(model, tiny_tokenizer(), tmp_path / "export")
+    assert model.training
+    assert model.dtype == torch.bfloat16
+    assert model.encoder.config._attn_implementation == attention
