@@ -171,6 +171,8 @@ class ExitPolicy:
         Raises:
             ValueError: an unknown field, a bad value, or another criterion with the thresholds of the first.
         """
+        if type(value) is cls and not overrides:
+            return value  # frozen, and checked when it was made
         # Not isinstance: code loaded from a checkpoint can hold a second copy of this class.
         names = [field.name for field in fields(cls)]
         data = dict(value) if isinstance(value, Mapping) else {} if value is None else getattr(value, "__dict__", {})
