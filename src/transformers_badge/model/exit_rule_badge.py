@@ -33,7 +33,7 @@ def rule_features(probabilities: Array) -> Array:
     """
     predicted = probabilities.argmax(axis=-1)
     own = np.take_along_axis(probabilities, predicted[..., -1:, None], axis=-1)[..., 0]  # of the class predicted here
-    own = np.clip(own, _LEAST, 1 - _LEAST)  # NaN stays NaN
+    own = _within(own, _LEAST, 1 - _LEAST)
     odds = np.log(own / (1 - own))
     features = np.zeros((*odds.shape[:-1], len(FEATURES)))
     features[..., 0] = odds[..., -1]
@@ -41,9 +41,10 @@ def rule_features(probabilities: Array) -> Array:
     if odds.shape[-1] > 1:
         pair = probabilities[..., -2:, :]
         features[..., 2] = odds[..., -2]
-        features[..., 3] = odds[..., :-1].mean(axis=-1)
-        features[..., 4] = (predicted[..., :-1] == predicted[..., -1:]).mean(axis=-1)
-        features[..., 5] = _entropy(pair.mean(axis=-2)) - _entropy(pair).mean(axis=-1)
+        earlier = odds.shape[-1] - 1
+        features[..., 3] = odds[..., :-1].sum(axis=-1) / earlier
+        features[..., 4] = (predicted[..., :-1] == predicted[..., -1:]).sum(axis=-1) / earlier
+        features[..., 5] = _entropy(pair.sum(axis=-2) / 2) - _entropy(pair).sum(axis=-1) / 2
     return features
 
 
@@ -51,8 +52,15 @@ def rule_scores(features: Array, weights: Array) -> Array:
     """A score in (0, 1), the predicted regret: (..., features) and weights (features + 1,) to (...)."""
     # Clipped, so that no score is 0 or 1 by rounding; NaN stays NaN.
     # Not a matrix product, whose last bits depend on the number of rows.
-    logit = np.clip((features * weights[:-1]).sum(axis=-1) + weights[-1], -30, 30)
+    logit = _within((features * weights[:-1]).sum(axis=-1) + weights[-1], -30, 30)
     return np.asarray(1 / (1 + np.exp(-logit)))
+
+
+# Sums and these two instead of mean and clip, which do the same and take three times as long for a single row: at batch
+# size 1 on a fast engine the criterion is a fifth of the time.
+def _within(values: Array, least: float, most: float) -> Array:
+    """Clipped; NaN stays NaN."""
+    return np.asarray(np.minimum(np.maximum(values, least), most))
 
 
 def _entropy(probabilities: Array) -> Array:
