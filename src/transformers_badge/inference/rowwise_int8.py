@@ -39,35 +39,23 @@ def quantize_rowwise(model: onnx.ModelProto) -> onnx.ModelProto:
             ("last", [-1], np.int64),
         )
     ]
-    products: dict[str, dict[str, np.ndarray[Any, Any]]] = {}  # by activations, by the name of the result: the matrix
+    quantized: dict[str, str] = {}
     for node in graph.node:
         weight = weights.get(node.input[1]) if node.op_type == "MatMul" else None
-        if weight is not None and len(weight.dims) == 2:
-            products.setdefault(node.input[0], {})[node.output[0]] = numpy_helper.to_array(weight)
-    joined = {name for results in products.values() for name in results}
-    for node in graph.node:
-        if node.output[0] not in joined:
+        if weight is None or len(weight.dims) != 2:
             nodes.append(node)
             continue
-        activations = node.input[0]
-        matrices = products.pop(activations, None)
-        if matrices is None:
-            continue  # made along with the first product of these activations
-        # One product for all that read the same, queries, keys and values above all: large products are the fast ones.
-        names, whole, name = list(matrices), f"int8.{activations}", node.output[0]
-        matrix = np.concatenate(list(matrices.values()), axis=1)
+        matrix, activations, name = numpy_helper.to_array(weight), node.input[0], node.output[0]
+        if activations not in quantized:
+            quantized[activations] = f"int8.{activations}"
+            nodes += _quantize_activations(activations, quantized[activations])
         scales = np.maximum(np.abs(matrix).max(axis=0) / _LIMIT, 1e-12).astype(np.float32)
-        sizes = np.array([part.shape[1] for part in matrices.values()], np.int64)
         constants.append(numpy_helper.from_array(scales, f"{name}.scales"))
         constants.append(numpy_helper.from_array(np.rint(matrix / scales).astype(np.int8), f"{name}.int8"))
-        constants.append(numpy_helper.from_array(sizes, f"{name}.sizes"))
+        whole = quantized[activations]
         inputs = [whole, f"{name}.int8", "int8.one", f"{name}.scales", "int8.zero"]
-        result = name if len(names) == 1 else f"{name}.joined"
-        nodes += _quantize_activations(activations, whole)
         nodes.append(helper.make_node("MatMulIntegerToFloat", inputs, [f"{name}.unscaled"], domain="com.microsoft"))
-        nodes.append(helper.make_node("Mul", [f"{name}.unscaled", f"{whole}.scale"], [result]))
-        if len(names) > 1:
-            nodes.append(helper.make_node("Split", [result, f"{name}.sizes"], names, axis=-1))
+        nodes.append(helper.make_node("Mul", [f"{name}.unscaled", f"{whole}.scale"], [name]))
     read = {name for node in nodes for name in node.input}
     constants = [constant for constant in [*graph.initializer, *constants] if constant.name in read]
     made = helper.make_graph(nodes, graph.name, list(graph.input), list(graph.output), constants)
