@@ -12,6 +12,7 @@ Example: python benchmarks/write_docs.py (`make docs`). To renew the records fir
     python benchmarks/guarantee.py                            -> guarantee.json
     python benchmarks/lexical.py                              -> lexical.json
     python benchmarks/lexical.py --time demo-output/checkpoint -> lexical_time.json
+    python benchmarks/engines.py demo-output/checkpoint       -> engines.json
 """
 
 import json
@@ -24,6 +25,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from criteria_docs import write_criteria
+from engines_docs import write_engines
 from lexical_docs import write_exit_zero
 from transformers_badge.evaluation.plots import plot_tradeoff
 
@@ -379,6 +381,7 @@ def main() -> None:
     criteria = load("criteria")
     write_criteria(ROOT, criteria, load("guarantee"), machine(criteria))
     write_exit_zero(ROOT, load("lexical"), load("lexical_time"), demo, machine)
+    write_engines(ROOT, load("engines"), machine)
     plot_tradeoff(demo, ROOT / "docs" / "images" / "tradeoff.png")
 
 
