@@ -19,8 +19,9 @@ from transformers_badge import BadgePredictor, ExitPolicy, calibrate, export_onn
 from transformers_badge.calibration.replay import replay, score_exits
 from transformers_badge.inference import onnx_export
 from transformers_badge.inference.exit_logits import check_table_of_model
+from transformers_badge.inference.named_stages import exit_stage
 from transformers_badge.inference.onnx_export import _trace_stages
-from transformers_badge.inference.onnx_stages import GRAPH, exit_stage
+from transformers_badge.inference.onnx_stages import GRAPH
 from transformers_badge.inference.predictor import MANIFEST, digest_file, digest_weights
 from transformers_badge.inference.rowwise_int8 import quantize_rowwise
 
@@ -306,7 +307,7 @@ def test_bad_inputs_are_named(fp32, inputs, error, message):
 
 def test_bad_exports_are_named(export, exports, tmp_path):
     load = BadgePredictor.from_pretrained
-    with pytest.raises(ValueError, match="engine must be one of onnxruntime, got 'tensorrt'"):
+    with pytest.raises(ValueError, match="engine must be one of onnxruntime, compiled, got 'tensorrt'"):
         load(export, engine="tensorrt")
     with pytest.raises(
         ValueError, match="ONNX Runtime has no provider 'TensorrtExecutionProvider' here: choose one of"

@@ -13,19 +13,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_map
 
-from transformers_badge.inference.onnx_stages import (
-    ARGUMENTS,
-    EMBEDDING,
-    GRAPH,
-    RENEWED,
-    OnnxStages,
-    argument,
-    exit_stage,
-    import_onnxruntime,
-)
+from transformers_badge.inference.named_stages import ARGUMENTS, EMBEDDING, argument, exit_stage
+from transformers_badge.inference.onnx_stages import GRAPH, RENEWED, OnnxStages, import_onnxruntime
 from transformers_badge.inference.predictor import FORMAT, MANIFEST, digest_file
+from transformers_badge.inference.stage_modules import (
+    Arguments,
+    BlocksAndExit,
+    Embedding,
+    Lexical,
+    block_arguments,
+    name_arguments,
+)
 from transformers_badge.model.loss_badge import infer_problem_type
 from transformers_badge.model.outputs_badge import BlockState
 
@@ -33,88 +33,6 @@ from transformers_badge.model.outputs_badge import BlockState
 PRECISIONS = ("fp32", "int8")
 _ROWS, _TOKENS = 5, 11  # of the batch that graphs are traced with
 _TOLERANCE = 1e-4  # between logits of the graphs and of the model, in fp32
-
-
-class Embedding(nn.Module):
-    """The rows before the first block."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> dict[str, Tensor]:
-        """From (rows, tokens), int64."""
-        inputs = {"input_ids": input_ids, "inputs_embeds": None, "token_type_ids": token_type_ids}
-        state = self.model.embed(BlockState(inputs, attention_mask, None))
-        # One row of positions can stand for all: here each has its own, as when rows were dropped and merged.
-        positions = None if state.position_ids is None else state.position_ids.expand(input_ids.shape)
-        made = _block_arguments(self.model, state.hidden_states, attention_mask, positions)
-        return {**_present(hidden_states=state.hidden_states, position_ids=positions), **_name_arguments(made)}
-
-
-class Arguments(nn.Module):
-    """What blocks need besides, once rows or columns were dropped."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """As in `BlockState`."""
-        return _name_arguments(_block_arguments(self.model, hidden_states, attention_mask, position_ids))
-
-
-class BlocksAndExit(nn.Module):
-    """The blocks since one exit, and the next.
-
-    Args:
-        arguments: what the model hands its blocks: these have the same structure, and other tensors.
-    """
-
-    def __init__(self, model: Any, exit_index: int, arguments: dict[str, Any]) -> None:
-        super().__init__()
-        self.model, self.exit_index = model, exit_index
-        self.leaves, self.structure = tree_flatten(arguments)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor,
-        arguments: list[Tensor],
-        bypass_state: Tensor | None = None,
-        lexical_logits: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """As in `BlockState`; arguments in the order of `_name_arguments`."""
-        model, layers = self.model, self.model.exit_layers
-        given = iter(arguments)
-        leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
-        made = tree_unflatten(leaves, self.structure)
-        state = BlockState({}, attention_mask, None, lexical_logits, hidden_states, bypass_state, None, made)
-        first = layers[self.exit_index - 1] + 1 if self.exit_index else 1
-        for layer in range(first, layers[self.exit_index] + 1):
-            state = model.run_block(layer, state)
-        logits = model.read_exit(self.exit_index, state)
-        if self.exit_index == len(layers) - 1:
-            return {"logits": logits}
-        return _present(hidden_states=state.hidden_states, bypass_state=state.bypass_state, logits=logits)
-
-
-class Lexical(nn.Module):
-    """Exit 0."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.exit = model.exits[0]
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-        """From (rows, tokens), int64."""
-        buckets = self.exit.buckets(input_ids, attention_mask)
-        found = (buckets > 0)[..., None].to(self.exit.weight.dtype)
-        # The sum that `LexicalExit` has embedding_bag for, which would be exported as a loop over the rows.
-        total = (nn.functional.embedding(buckets, self.exit.weight) * found).sum(dim=1)
-        return {"lexical_logits": self.exit.bias + total / found.sum(dim=1).clamp(min=1).sqrt()}
 
 
 def export_onnx(
@@ -207,21 +125,6 @@ def export_onnx(
     return folder
 
 
-def _block_arguments(model: Any, hidden_states: Any, attention_mask: Tensor, position_ids: Any) -> dict[str, Any]:
-    made: dict[str, Any] = model.adapter.block_arguments(model.encoder, hidden_states, attention_mask, position_ids)
-    return made
-
-
-def _present(**tensors: Tensor | None) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
-
-
-def _name_arguments(arguments: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors among the arguments of blocks, in a fixed order."""
-    leaves, _ = tree_flatten(arguments)
-    return {argument(index): leaf for index, leaf in enumerate(t for t in leaves if isinstance(t, Tensor))}
-
-
 @torch.no_grad()
 def _trace_stages(model: Any) -> dict[str, Any]:
     """A graph for every stage, by name, in the order in which they run.
@@ -236,14 +139,14 @@ def _trace_stages(model: Any) -> dict[str, Any]:
     state: dict[str, Tensor] = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
     inputs = {"input_ids": ids, "inputs_embeds": None, "token_type_ids": types}
     embedded = model.embed(BlockState(inputs, mask, None))
-    arguments = _block_arguments(model, embedded.hidden_states, mask, embedded.position_ids)
+    arguments = block_arguments(model, embedded.hidden_states, mask, embedded.position_ids)
 
     traced: dict[str, Any] = {}
 
     def trace(name: str, stage: nn.Module, *takes: str) -> None:
         given: dict[str, Any] = {key: state[key] for key in takes if key in state}
         if isinstance(stage, BlocksAndExit):
-            given["arguments"] = [state[key] for key in _name_arguments(arguments)]
+            given["arguments"] = [state[key] for key in name_arguments(arguments)]
         traced[name], outputs = _trace(stage, given)
         state.update(outputs)
 

@@ -1,4 +1,4 @@
-"""Early exit on a fast engine: an exported model, which needs neither torch nor transformers' models."""
+"""Early exit on a fast engine. One that runs an exported model needs neither torch nor transformers' models."""
 
 import hashlib
 import json
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from transformers_badge.inference.named_stages import NamedStages
 from transformers_badge.inference.onnx_stages import GRAPH, OnnxStages
 from transformers_badge.inference.predict import predict_texts
 from transformers_badge.model.early_exit_badge import predict_with_policy
@@ -22,7 +23,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 MANIFEST = "onnxruntime.json"
 FORMAT = 1
-ENGINES = ("onnxruntime",)
+ENGINES = ("onnxruntime", "compiled")
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,14 @@ class BadgePredictor:
     Args:
         stages: the model.
         config: `id2label`, `problem_type`, `exit_policy` and the rest of config.json.
-        manifest: what the export says of itself.
+        manifest: facts about the model, as an export states them: num_labels, precision, max_tokens, vocab_size, graph
+            (a digest).
         tokenizer: of its encoder.
     """
 
-    def __init__(self, stages: OnnxStages, config: "PredictorConfig", manifest: dict[str, Any], tokenizer: Any) -> None:
+    def __init__(
+        self, stages: NamedStages, config: "PredictorConfig", manifest: dict[str, Any], tokenizer: Any
+    ) -> None:
         self.stages, self.config, self.tokenizer = stages, config, tokenizer
         self.exit_layers: list[int] = list(stages.exit_layers)
         self.num_labels: int = manifest["num_labels"]
@@ -66,17 +70,19 @@ class BadgePredictor:
         engine: str = "onnxruntime",
         precision: str = "fp32",
         *,
-        provider: str = "CPUExecutionProvider",
+        provider: str | None = None,
         threads: int | None = None,
     ) -> "BadgePredictor":
-        """Load what `transformers-badge export` made.
+        """Load what `transformers-badge export` made, or compile a checkpoint.
 
         Args:
             name_or_path: an export, or the checkpoint that it lies in; a folder or a name on the hub.
-            engine: "onnxruntime".
-            precision: which of a checkpoint's exports, "fp32" or "int8".
-            provider: an execution provider of ONNX Runtime.
-            threads: how many threads work on one product. Default: one per core.
+            engine: "onnxruntime"; or "compiled", which needs no export but torch and a C++ compiler, and takes some
+                seconds to start.
+            precision: which of a checkpoint's exports, "fp32" or "int8"; for the engine compiled "fp32" or "bf16".
+            provider: onnxruntime only: an execution provider. Default: "CPUExecutionProvider".
+            threads: onnxruntime only: how many threads work on one product. Default: one per core. (The engine
+                compiled has those of `torch.set_num_threads`.)
 
         Raises:
             ModuleNotFoundError: the engine is not installed.
@@ -86,11 +92,18 @@ class BadgePredictor:
         """
         if engine not in ENGINES:
             raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}.")
+        if engine == "compiled":
+            if provider is not None or threads is not None:
+                raise ValueError("provider and threads are ONNX Runtime's: leave them out with engine='compiled'.")
+            from transformers_badge.inference.compiled_stages import load_compiled
+
+            return cls(*load_compiled(name_or_path, precision))
         folder = find_export(name_or_path, precision)
         manifest = read_manifest(folder)
         from transformers import AutoTokenizer, PreTrainedConfig
 
-        stages = OnnxStages(folder, manifest["exit_layers"], manifest["padding_id"], provider, threads)
+        given = {} if provider is None else {"provider": provider}
+        stages = OnnxStages(folder, manifest["exit_layers"], manifest["padding_id"], threads=threads, **given)
         # Given any config, it does not ask for that of the model, whose class needs torch.
         tokenizer = AutoTokenizer.from_pretrained(folder, config=PreTrainedConfig())
         return cls(stages, PredictorConfig.load(folder, manifest), manifest, tokenizer)
@@ -210,7 +223,11 @@ class PredictorConfig:
 
     @classmethod
     def load(cls, folder: Path, manifest: dict[str, Any]) -> "PredictorConfig":
-        """Read it from an export."""
+        """Read it from an export.
+
+        Raises:
+            ValueError: its config.json is missing or damaged.
+        """
         try:
             stored = json.loads((folder / "config.json").read_text())
             id2label = {int(index): name for index, name in stored["id2label"].items()}

@@ -1,0 +1,110 @@
+"""The stages of a model as modules that take and return tensors by name: what engines trace or compile."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from transformers_badge.inference.named_stages import argument
+from transformers_badge.model.outputs_badge import BlockState
+
+
+class Embedding(nn.Module):
+    """The rows before the first block."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> dict[str, Tensor]:
+        """From (rows, tokens), int64."""
+        inputs = {"input_ids": input_ids, "inputs_embeds": None, "token_type_ids": token_type_ids}
+        state = self.model.embed(BlockState(inputs, attention_mask, None))
+        # One row of positions can stand for all: here each has its own, as when rows were dropped and merged.
+        positions = None if state.position_ids is None else state.position_ids.expand(input_ids.shape)
+        made = block_arguments(self.model, state.hidden_states, attention_mask, positions)
+        return {**present(hidden_states=state.hidden_states, position_ids=positions), **name_arguments(made)}
+
+
+class Arguments(nn.Module):
+    """What blocks need besides, once rows or columns were dropped."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """As in `BlockState`."""
+        return name_arguments(block_arguments(self.model, hidden_states, attention_mask, position_ids))
+
+
+class BlocksAndExit(nn.Module):
+    """The blocks since one exit, and the next.
+
+    Args:
+        arguments: what the model hands its blocks: these have the same structure, and other tensors.
+    """
+
+    def __init__(self, model: Any, exit_index: int, arguments: dict[str, Any]) -> None:
+        super().__init__()
+        self.model, self.exit_index = model, exit_index
+        leaves, self.structure = tree_flatten(arguments)
+        # `...` is where a tensor goes: one kept here would tie a compiled graph to its shape.
+        self.leaves = [... if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor,
+        arguments: list[Tensor],
+        bypass_state: Tensor | None = None,
+        lexical_logits: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """As in `BlockState`; arguments in the order of `name_arguments`."""
+        model, layers = self.model, self.model.exit_layers
+        given = iter(arguments)
+        leaves = [next(given) if leaf is ... else leaf for leaf in self.leaves]
+        made = tree_unflatten(leaves, self.structure)
+        state = BlockState({}, attention_mask, None, lexical_logits, hidden_states, bypass_state, None, made)
+        first = layers[self.exit_index - 1] + 1 if self.exit_index else 1
+        for layer in range(first, layers[self.exit_index] + 1):
+            state = model.run_block(layer, state)
+        logits = model.read_exit(self.exit_index, state)
+        if self.exit_index == len(layers) - 1:
+            return {"logits": logits}
+        return present(hidden_states=state.hidden_states, bypass_state=state.bypass_state, logits=logits)
+
+
+class Lexical(nn.Module):
+    """Exit 0."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.exit = model.exits[0]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        """From (rows, tokens), int64."""
+        buckets = self.exit.buckets(input_ids, attention_mask)
+        found = (buckets > 0)[..., None].to(self.exit.weight.dtype)
+        # The sum that `LexicalExit` has embedding_bag for, which would be exported as a loop over the rows.
+        total = (nn.functional.embedding(buckets, self.exit.weight) * found).sum(dim=1)
+        return {"lexical_logits": self.exit.bias + total / found.sum(dim=1).clamp(min=1).sqrt()}
+
+
+def block_arguments(model: Any, hidden_states: Any, attention_mask: Tensor, position_ids: Any) -> dict[str, Any]:
+    """What the blocks of this family need besides the hidden states."""
+    made: dict[str, Any] = model.adapter.block_arguments(model.encoder, hidden_states, attention_mask, position_ids)
+    return made
+
+
+def present(**tensors: Tensor | None) -> dict[str, Tensor]:
+    """Those that there are."""
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def name_arguments(arguments: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors among the arguments of blocks, in a fixed order."""
+    leaves, _ = tree_flatten(arguments)
+    return {argument(index): leaf for index, leaf in enumerate(t for t in leaves if isinstance(t, Tensor))}
