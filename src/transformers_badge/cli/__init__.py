@@ -4,6 +4,7 @@ import sys
 
 import typer
 
+from transformers_badge.cli.benchmark import benchmark
 from transformers_badge.cli.calibrate import calibrate
 from transformers_badge.cli.convert import convert
 from transformers_badge.cli.demo import demo
@@ -26,6 +27,7 @@ app.command()(calibrate)
 app.command()(predict)
 app.command()(evaluate)
 app.command()(export)
+app.command()(benchmark)
 app.command()(demo)
 
 

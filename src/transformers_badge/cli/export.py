@@ -26,10 +26,10 @@ def export(
     from transformers_badge.cli.tables import load_model
     from transformers_badge.hub.training_rows import FILE
     from transformers_badge.inference.onnx_export import export_onnx
-    from transformers_badge.inference.predictor import ENGINES, BadgePredictor, digest_weights, export_name
+    from transformers_badge.inference.predictor import BadgePredictor, digest_weights, export_name
 
-    if engine not in ENGINES:
-        raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}.")
+    if engine != "onnxruntime":
+        raise ValueError(f"engine must be onnxruntime, the one that needs an export, got {engine!r}.")
     model, tokenizer = load_model(checkpoint)
     if isinstance(model, BadgePredictor):
         raise ValueError(f"{checkpoint} is an export already: give the checkpoint that it was made of.")

@@ -163,3 +163,29 @@ def plot_tradeoff(record: dict[str, Any], path: Path) -> None:
     axes.set_xlim(0.9, 1.07 * max(blocks, min(2 * chosen["layer_speedup"], 4 * blocks)))
     axes.legend(frameon=False, fontsize=8.5, loc="lower left")
     figure.savefig(path)
+
+
+def plot_engines(record: dict[str, Any], names: dict[str, str], path: Path) -> None:
+    """Milliseconds per row of the full model and of early exit, a panel for every batch size.
+
+    Args:
+        record: as `benchmark_checkpoint` makes.
+        names: of the engines, in words.
+        path: where the PNG goes.
+    """
+    engines, by_size = list(record["engines"]), record["batch_sizes"]
+    figure, axes = _figure(2.6 * max(len(by_size), 2), 3.4, 1, len(by_size), squeeze=False)
+    places = np.arange(len(engines))
+    for axis, (size, entry) in zip(axes[0], by_size.items(), strict=True):
+        spent = entry["milliseconds_per_row"]
+        for shift, kind, color in ((-0.2, "full", "#8d99ae"), (0.2, "early exit", "#d1495b")):
+            values = [spent[f"{kind}, {engine}"] for engine in engines]
+            bars = axis.bar(places + shift, values, 0.38, color=color, label=kind if kind != "full" else "full model")
+            axis.bar_label(bars, fmt="%.1f", fontsize=6)
+        axis.axhline(spent["pipeline"], color="#555555", lw=1, ls="--", label="transformers' pipeline")
+        axis.set_xticks(places, [names[engine].replace(" ", "\n") for engine in engines], fontsize=6)
+        axis.set_title(f"batch {size}", fontsize=9, loc="left")
+    axes[0][0].set_ylabel("milliseconds per row")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False,
+                  fontsize=7.5)  # fmt: skip
+    figure.savefig(path)

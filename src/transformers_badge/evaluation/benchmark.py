@@ -1,0 +1,251 @@
+"""Seconds, memory and accuracy of early exit on every engine, against what else could be run; all in turns."""
+
+import importlib.metadata
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from transformers_badge.calibration.replay import replay, score_exits
+from transformers_badge.evaluation.contenders import ENGINES, Contenders, Run, Texts
+from transformers_badge.evaluation.curves import measure, run_thresholds
+from transformers_badge.evaluation.timing import describe_machine, time_in_turns
+from transformers_badge.exit_table import ExitTable
+from transformers_badge.inference.exit_logits import make_exit_table
+from transformers_badge.model.early_exit_badge import predict_with_policy
+from transformers_badge.model.policy_badge import ExitPolicy
+
+
+PIPELINE = "pipeline"
+_KINDS = ("full", "early exit", "truncated", "nobody leaves")
+MEMORY_KINDS = ("full", "early exit", "stream")
+MEMORY_BATCH = 32
+
+
+def benchmark_checkpoint(
+    checkpoint: Path,
+    texts: Texts,
+    labels: Sequence[int] | None,
+    folder: Path,
+    *,
+    calibration: tuple[Texts, Sequence[int]] | None = None,
+    max_lost: float = 1.0,
+    batch_sizes: Sequence[int] = (1, 8, 32, 128),
+    rows: int = 256,
+    rounds: int = 5,
+    threads: int = 1,
+    engines: Sequence[str] = ENGINES,
+    on_step: Callable[[str], Any] = lambda title: None,
+) -> dict[str, Any]:
+    """Time all contenders.
+
+    Args:
+        checkpoint: folder of a BADGE checkpoint.
+        texts, labels: rows to measure on; without labels, agreement with full depth takes the place of accuracy.
+        folder: for the graphs of ONNX Runtime.
+        calibration: labelled rows to choose each engine's threshold from: the fastest that loses at most `max_lost`
+            points. Default: the checkpoint's policy for all.
+        max_lost: in points of accuracy.
+        batch_sizes: to time.
+        rows: how many rows are timed; a fourth of them at batch size 1.
+        rounds: how often each contender runs, besides a warm-up.
+        threads: of torch and of ONNX Runtime.
+        engines: of "eager", "compiled", "fp32", "int8".
+        on_step: told what comes next, for a progress bar.
+
+    Returns:
+        `machine`; `engines`, each with accuracy at full depth, with early exit and truncated, and layer_speedup;
+        `batch_sizes`, each with milliseconds_per_row, latency (p50 and p99 of a batch, ms), ratios; `memory` in MiB;
+        `profile`, the shares of a row's time.
+    """
+    contenders = Contenders(checkpoint, folder, threads)
+    record: dict[str, Any] = {
+        "machine": {**describe_machine(), "threads": threads, "onnxruntime": importlib.metadata.version("onnxruntime")},
+        "rows": len(texts),
+        "timed_rows": rows,
+        "rounds": rounds,
+        "measure": "agreement" if labels is None else "accuracy",
+        "max_lost": None if calibration is None else max_lost,
+        "engines": {},
+    }
+    for engine in engines:
+        on_step(f"{engine}: every exit's answers")
+        model = contenders.engine(engine)
+        policy = contenders.model.config.exit_policy
+        if calibration is not None:
+            policy = choose_policy(_table(contenders, model, *calibration), policy, max_lost)
+        table = _table(contenders, model, texts, labels)
+        contenders.policies[engine] = policy
+        record["engines"][engine] = entry = measure_policy(table, policy)
+        entry["policy"] = policy.to_dict()
+        contenders.truncated_at[engine] = entry["truncated_exit"]
+    runs: dict[str, Run] = {PIPELINE: contenders.pipeline()}
+    for engine in engines:
+        on_step(f"{engine}: the full model")
+        runs.update({f"{kind}, {engine}": contenders.run(kind, engine) for kind in (*_KINDS, "stream")})
+    record["batch_sizes"] = {}
+    for size in batch_sizes:
+        chosen = texts[: max(rows // 4, 1) if size == 1 else rows]
+        on_step(f"batch size {size}")
+        record["batch_sizes"][str(size)] = _time(runs, chosen, size, rounds, record["engines"])
+    on_step("profile")
+    record["profile"] = {
+        engine: {str(size): profile(contenders, engine, texts[:rows], size) for size in batch_sizes}
+        for engine in engines
+    }
+    on_step("memory")
+    record["memory"] = {
+        f"{kind}, {engine}": peak_memory(contenders, kind, engine, texts[:rows])
+        for engine in engines
+        for kind in MEMORY_KINDS
+        if engine != "compiled"  # compiling takes more than running
+    }
+    record["memory_batch_size"] = MEMORY_BATCH
+    return record
+
+
+def choose_policy(table: ExitTable, policy: ExitPolicy, max_lost: float) -> ExitPolicy:
+    """The policy with the threshold that saves most and loses at most so many points on the table."""
+    _, values = measure(table)
+    runs, costs, rows = run_thresholds(score_exits(table, policy)), np.asarray(table.costs), np.arange(len(table))
+    taken = runs.taken[:-1]  # the last is no threshold of this criterion
+    kept = np.array([values[rows, run].mean() for run in taken])
+    spent = costs[taken].mean(axis=1)
+    allowed = np.flatnonzero(kept >= values[:, -1].mean() - max_lost / 100)  # the first, nobody leaves, is among them
+    best = int(allowed[spent[allowed].argmin()])
+    return ExitPolicy() if best == 0 else replace(policy, threshold=float(runs.thresholds[best]), certificate=None)
+
+
+def measure_policy(table: ExitTable, policy: ExitPolicy) -> dict[str, Any]:
+    """In percent what a policy keeps, what full depth has, and what one exit at the same mean depth or deeper has."""
+    values = measure(table)[1]
+    taken, costs, rows = replay(table, policy), np.asarray(table.costs), np.arange(len(table))
+    spent = float(costs[taken].mean())
+    stop = int(np.flatnonzero(costs >= spent - 1e-9)[0])
+    return {
+        "full_depth": 100 * float(values[:, -1].mean()),
+        "early_exit": 100 * float(values[rows, taken].mean()),
+        "layer_speedup": float(costs[-1] / spent),
+        "truncated": 100 * float(values[:, stop].mean()),
+        "truncated_exit": stop,
+        "truncated_depth": int(table.exit_layers[stop]),
+    }
+
+
+def _table(contenders: Contenders, model: Any, texts: Texts, labels: Sequence[int] | None) -> ExitTable:
+    columns: Any = [list(texts)] if isinstance(texts[0], str) else [list(column) for column in zip(*texts, strict=True)]
+    return make_exit_table(model, contenders.tokenizer, columns, labels)
+
+
+def _time(runs: dict[str, Run], texts: Texts, size: int, rounds: int, engines: dict[str, Any]) -> dict[str, Any]:
+    batches: dict[str, list[float]] = {name: [] for name in runs}
+
+    def call(name: str, run: Run) -> Callable[[], None]:
+        return lambda: batches[name].extend(run(texts, size))
+
+    timings = time_in_turns({name: call(name, run) for name, run in runs.items()}, rounds)
+    ratios = {}
+    for engine, entry in engines.items():
+        ours = f"early exit, {engine}"
+        for base in (PIPELINE, "full, eager", f"full, {engine}", f"truncated, {engine}", f"nobody leaves, {engine}"):
+            ratios[f"{ours} over {base}"] = timings.speedup(ours, base)
+        ratios[f"stream, {engine} over {ours}"] = timings.speedup(f"stream, {engine}", ours)
+        ratios[f"cost of exits, {engine}"] = timings.speedup(f"full, {engine}", f"nobody leaves, {engine}")
+        arrives = ratios[f"{ours} over nobody leaves, {engine}"]["median"] / entry["layer_speedup"]
+        ratios[f"arrives, {engine}"] = dict.fromkeys(("median", "min", "max"), arrives)
+    latency = {
+        name: {"p50": 1000 * statistics.median(seconds), "p99": 1000 * float(np.quantile(seconds, 0.99))}
+        for name, seconds in batches.items()
+        if not name.startswith("stream")
+    }
+    return {
+        "rows": len(texts),
+        "milliseconds_per_row": {name: 1000 * timings.median(name) / len(texts) for name in runs},
+        "latency": latency,
+        "ratios": ratios,
+    }
+
+
+class ProfiledStages:
+    """Stages that add up the seconds of each of their parts."""
+
+    def __init__(self, stages: Any) -> None:
+        self._stages, self.seconds = stages, {}  # type: ignore[var-annotated]
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._stages, name)
+        if not callable(value):
+            return value
+
+        def timed(*arguments: Any, **given: Any) -> Any:
+            begin = time.perf_counter()
+            result = value(*arguments, **given)
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+            return result
+
+        return timed
+
+
+PARTS = {
+    "tokenization": ("tokenization",),
+    "exit 0": ("begin",),
+    "embedding": ("embed",),
+    "blocks": ("run_block",),
+    "exits": ("read_exit", "to_host"),
+    "compaction": ("compact",),
+}
+
+
+def profile(contenders: Contenders, engine: str, texts: Texts, size: int) -> dict[str, float]:
+    """Milliseconds per row of each part, where `criterion and loop` is what is left."""
+    model = contenders.engine(engine)
+    stages = ProfiledStages(model if engine == "eager" else model.stages)
+    problem, total = contenders.model.config.problem_type or "single_label_classification", 0.0
+    for warm in (True, False):
+        stages.seconds.clear()
+        begin = time.perf_counter()
+        for start in range(0, len(texts), size):
+            at = time.perf_counter()
+            encoded = contenders.encode(texts[start : start + size], None)
+            count = len(encoded["input_ids"])
+            rows = [{key: encoded[key][row] for key in encoded} for row in range(count)]
+            stages.seconds["tokenization"] = stages.seconds.get("tokenization", 0.0) + time.perf_counter() - at
+            with torch.no_grad():
+                state, mask = stages.begin(rows)
+                labels = contenders.model.num_labels
+                predict_with_policy(stages, state, mask, labels, contenders.policies[engine], problem)
+        total = time.perf_counter() - begin
+        if not warm:
+            break
+    parts = {title: sum(stages.seconds.get(name, 0.0) for name in names) for title, names in PARTS.items()}
+    parts["criterion and loop"] = total - sum(parts.values())
+    return {title: 1000 * seconds / len(texts) for title, seconds in parts.items()}
+
+
+def peak_memory(contenders: Contenders, kind: str, engine: str, texts: Texts) -> float:
+    """MiB at most that a process of its own needs, which does nothing else."""
+    made = (contenders.checkpoint, contenders.folder, contenders.threads)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_run_alone, made, contenders.policies, kind, engine, list(texts)).result()
+
+
+def _run_alone(
+    made: tuple[Path, Path, int], policies: dict[str, ExitPolicy], kind: str, engine: str, texts: Any
+) -> float:
+    import resource
+
+    contenders = Contenders(*made)
+    contenders.policies = policies
+    contenders.run(kind, engine)(texts, MEMORY_BATCH)
+    status = Path("/proc/self/status")
+    if status.exists():  # what `resource` says there includes the process that started this one
+        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(peak.split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,146 @@
+"""Tables and a picture of a benchmark, from its record."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers_badge.evaluation.benchmark import PIPELINE
+from transformers_badge.evaluation.plots import plot_engines
+
+
+ENGINE_NAMES = {
+    "eager": "PyTorch",
+    "compiled": "torch.compile",
+    "fp32": "ONNX Runtime fp32",
+    "int8": "ONNX Runtime int8",
+}
+_KINDS = {
+    "full": "full model",
+    "truncated": "stopping at one exit",
+    "early exit": "**early exit**",
+    "stream": "**early exit, streamed**",
+    "nobody leaves": "every exit, nobody leaves",
+}
+
+
+def write_benchmark(record: dict[str, Any], folder: Path) -> list[str]:
+    """Write `benchmark.json`, `benchmark.md` and `benchmark.png`; returns the names of the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plot_engines(record, ENGINE_NAMES, folder / "benchmark.png")
+    files = {
+        "benchmark.json": json.dumps(record, indent=1) + "\n",
+        "benchmark.md": f"# Benchmark\n\n{render_benchmark(record)}\n\n![benchmark](benchmark.png)\n",
+    }
+    for name, text in files.items():
+        unfinished = folder / f"{name}.unfinished"
+        unfinished.write_text(text)
+        os.replace(unfinished, folder / name)
+    return [*files, "benchmark.png"]
+
+
+def render_benchmark(record: dict[str, Any]) -> str:
+    """All tables, in Markdown."""
+    sizes, engines = list(record["batch_sizes"]), list(record["engines"])
+    by_size = record["batch_sizes"].values()
+    contenders = [f"{kind}, {engine}" for kind in _KINDS for engine in engines]
+    return "\n\n".join(
+        [
+            _table(
+                ["engine", f"{record['measure']} at full depth", "with early exit", "layer speedup", "at one exit"],
+                [
+                    [
+                        ENGINE_NAMES[engine],
+                        f"{entry['full_depth']:.2f} %",
+                        f"{entry['early_exit']:.2f} %",
+                        f"{entry['layer_speedup']:.2f}x",
+                        f"{entry['truncated']:.2f} % (block {entry['truncated_depth']})",
+                    ]
+                    for engine, entry in record["engines"].items()
+                ],
+            ),
+            "Milliseconds per row, from texts to logits:",
+            _by_size(
+                sizes,
+                {
+                    title_of(name): [f"{entry['milliseconds_per_row'][name]:.2f}" for entry in by_size]
+                    for name in [PIPELINE, *contenders]
+                },
+            ),
+            f"Ratios, medians of {record['rounds']} rounds in turns, with the least and the greatest:",
+            _by_size(
+                sizes, {title: [_ratio(entry["ratios"][name]) for entry in by_size] for name, title in ratios(record)}
+            ),
+            "Milliseconds of a batch, median and 99th percentile:",
+            _by_size(
+                sizes,
+                {
+                    title_of(name): ["{p50:.1f} / {p99:.1f}".format(**entry["latency"][name]) for entry in by_size]
+                    for name in [PIPELINE, *contenders]
+                    if not name.startswith("stream")
+                },
+            ),
+            "Where a row's time goes with early exit, milliseconds per row:",
+            *[_profile(engine, record["profile"][engine]) for engine in engines],
+            f"Peak memory of a process that does nothing else, batch size {record['memory_batch_size']}, MiB:",
+            _table(
+                ["", *[ENGINE_NAMES[e] for e in engines if f"full, {e}" in record["memory"]]],
+                [
+                    [
+                        _KINDS[kind],
+                        *[
+                            f"{record['memory'][f'{kind}, {engine}']:,.0f}"
+                            for engine in engines
+                            if f"full, {engine}" in record["memory"]
+                        ],
+                    ]
+                    for kind in ("full", "early exit", "stream")
+                ],
+            ),
+        ]
+    )
+
+
+def title_of(contender: str) -> str:
+    """A contender in words."""
+    if contender == PIPELINE:
+        return "transformers' pipeline, full model"
+    kind, engine = contender.rsplit(", ", 1)
+    return f"{_KINDS[kind]}, {ENGINE_NAMES[engine]}"
+
+
+def ratios(record: dict[str, Any]) -> list[tuple[str, str]]:
+    """Names of ratios in a record, and what they are in words."""
+    found = []
+    for engine in record["engines"]:
+        name, ours = ENGINE_NAMES[engine], f"early exit, {engine}"
+        found += [
+            (f"{ours} over {PIPELINE}", f"early exit {name} over transformers' pipeline"),
+            (f"{ours} over full, {engine}", f"early exit {name} over the full model there"),
+            (f"{ours} over truncated, {engine}", f"early exit {name} over stopping at one exit there"),
+            (f"stream, {engine} over {ours}", f"streamed over batch by batch, {name}"),
+            (f"cost of exits, {engine}", f"time of nobody leaving over the full model, {name}"),
+            (f"arrives, {engine}", f"share of the layer speedup that arrives, {name}"),
+        ]
+    return found
+
+
+def _profile(engine: str, by_size: dict[str, Any]) -> str:
+    parts = list(next(iter(by_size.values())))
+    rows = {part: [f"{entry[part]:.3f}" for entry in by_size.values()] for part in parts}
+    return _by_size(list(by_size), rows, ENGINE_NAMES[engine])
+
+
+def _by_size(sizes: list[str], rows: dict[str, list[str]], title: str = "") -> str:
+    return _table([title, *[f"batch {size}" for size in sizes]], [[name, *cells] for name, cells in rows.items()])
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _ratio(values: dict[str, float]) -> str:
+    if values["min"] == values["max"]:
+        return f"{values['median']:.2f}"
+    return f"{values['median']:.2f}x ({values['min']:.2f} to {values['max']:.2f})"

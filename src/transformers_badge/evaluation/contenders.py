@@ -1,0 +1,206 @@
+"""What a benchmark compares: full models and early exit, on every engine, from texts to logits."""
+
+import time
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from transformers_badge.inference.onnx_export import export_onnx
+from transformers_badge.inference.onnx_stages import import_onnxruntime
+from transformers_badge.inference.predict import token_limit
+from transformers_badge.inference.predictor import BadgePredictor
+from transformers_badge.model.modeling_badge import BadgeForSequenceClassification
+from transformers_badge.model.policy_badge import ExitPolicy
+
+
+Texts = Sequence[str] | Sequence[tuple[str, ...]]
+Run = Callable[[Texts, int], list[float]]  # texts and batch size to the seconds of every batch
+
+ENGINES = ("eager", "compiled", "fp32", "int8")  # the last two in ONNX Runtime
+KINDS = ("full", "early exit", "stream", "truncated", "nobody leaves")
+
+
+class FullModel(nn.Module):
+    """A classifier whose graph has the tokenizer's outputs as inputs, and one output."""
+
+    def __init__(self, model: Any, names: list[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Logits (rows, labels) from tensors (rows, tokens)."""
+        outputs = self.model(**dict(zip(self.names, inputs, strict=True)))
+        return outputs.logits  # type: ignore[no-any-return]
+
+
+class Contenders:
+    """Makes contenders of one checkpoint by name; each part is made when it is first needed.
+
+    The full models have the same encoder and no exits. A truncated one stops at one exit, whatever it says.
+
+    Args:
+        checkpoint: a BADGE checkpoint.
+        folder: where graphs of ONNX Runtime go, or lie.
+        threads: of torch and of ONNX Runtime.
+    """
+
+    def __init__(self, checkpoint: Path, folder: Path, threads: int) -> None:
+        self.checkpoint, self.folder, self.threads = checkpoint, folder, threads
+        self.policies: dict[str, ExitPolicy] = {}  # by engine
+        self.truncated_at: dict[str, int] = {}  # by engine: the index of the exit
+        torch.set_num_threads(threads)
+
+    @cached_property
+    def model(self) -> Any:
+        """The checkpoint in PyTorch."""
+        return BadgeForSequenceClassification.from_pretrained(self.checkpoint).eval()
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Of the encoder."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.checkpoint)
+
+    @cached_property
+    def plain(self) -> Any:
+        """The encoder under a head of transformers' own, without exits; what it answers is of no account."""
+        from transformers import AutoModelForSequenceClassification
+
+        plain = AutoModelForSequenceClassification.from_config(self.model.config.encoder_config).eval()
+        plain.base_model.load_state_dict(self.model.encoder.state_dict(), strict=False)
+        return plain
+
+    def engine(self, name: str) -> Any:
+        """A model or predictor."""
+        if name not in self._engines:
+            if name == "compiled":
+                self._engines[name] = BadgePredictor.from_pretrained(self.checkpoint, engine="compiled")
+            else:
+                export = self.folder / f"ours-{name}"
+                if not export.exists():
+                    export_onnx(self.model, self.tokenizer, export, name)
+                self._engines[name] = BadgePredictor.from_pretrained(export, threads=self.threads)
+        return self._engines[name]
+
+    @cached_property
+    def _engines(self) -> dict[str, Any]:
+        return {"eager": self.model}
+
+    def encode(self, rows: Any, tensors: str | None) -> Any:
+        """Tokens of some rows."""
+        columns = [list(rows)] if isinstance(rows[0], str) else [list(column) for column in zip(*rows, strict=True)]
+        limit = token_limit(self.model, self.tokenizer)
+        return self.tokenizer(
+            *columns, padding=tensors is not None, truncation=True, max_length=limit, return_tensors=tensors
+        )
+
+    def run(self, kind: str, engine: str) -> Run:
+        """A contender."""
+        if kind == "full":
+            return self._batches(*self._full(engine))
+        if kind == "stream":
+            return self._stream(engine)
+        model, tensors = self.engine(engine), "pt" if engine == "eager" else "np"
+        policy = {
+            "early exit": lambda: self.policies[engine],
+            "truncated": lambda: self._stop_at(engine),
+            "nobody leaves": ExitPolicy,
+        }[kind]()
+        return self._batches(lambda batch: model.early_exit_predict(**batch, policy=policy), tensors)
+
+    def pipeline(self) -> Run:
+        """transformers' own pipeline of the full model."""
+        from transformers import pipeline
+
+        classify = pipeline("text-classification", model=self.plain, tokenizer=self.tokenizer)
+
+        def run(texts: Texts, size: int) -> list[float]:
+            rows = [t if isinstance(t, str) else {"text": t[0], "text_pair": t[1]} for t in texts]
+            seconds = []
+            for start in range(0, len(rows), size):
+                begin = time.perf_counter()
+                classify(rows[start : start + size], batch_size=size, truncation=True)
+                seconds.append(time.perf_counter() - begin)
+            return seconds
+
+        return run
+
+    def _full(self, engine: str) -> tuple[Callable[[Any], Any], str]:
+        if engine in ("fp32", "int8"):
+            session = self._session(engine)
+            return lambda batch: session.run(None, {key: v.astype(np.int64) for key, v in batch.items()}), "np"
+        plain = torch.compile(self.plain, dynamic=True) if engine == "compiled" else self.plain
+
+        def predict(batch: Any) -> Any:
+            with torch.no_grad():
+                return plain(**batch).logits
+
+        return predict, "pt"
+
+    def _session(self, precision: str) -> Any:
+        """The full model in ONNX Runtime; int8 by its own dynamic quantization."""
+        runtime = import_onnxruntime()
+        path = self.folder / f"full-{precision}.onnx"
+        if not path.exists():
+            self._export_full(self.folder / "full-fp32.onnx", self.folder / "full-int8.onnx")
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = self.threads, 3
+        return runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def _export_full(self, fp32: Path, int8: Path) -> None:
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+
+        names = list(self.encode(["a few words", "some more words than that"], "pt"))
+        ids = torch.randint(0, 1000, (3, 7))
+        mask = torch.ones_like(ids)
+        mask[1, 4:] = 0
+        examples = {"input_ids": ids, "attention_mask": mask}
+        axes = {0: "rows", 1: "tokens"}
+        self.plain.set_attn_implementation("eager")  # faster in ONNX Runtime, as in our export
+        torch.onnx.export(
+            FullModel(self.plain, names),
+            tuple(examples.get(name, torch.zeros_like(ids)) for name in names),
+            fp32,
+            dynamo=True,
+            dynamic_shapes=(tuple(axes for _ in names),),
+            input_names=names,
+            output_names=["logits"],
+            external_data=False,
+            verbose=False,
+        )
+        self.plain.set_attn_implementation("sdpa")
+        quantize_dynamic(fp32, int8, weight_type=QuantType.QInt8, per_channel=True, op_types_to_quantize=["MatMul"])
+
+    def _stop_at(self, engine: str) -> ExitPolicy:
+        """Everybody leaves at one exit, and none before."""
+        stop = self.truncated_at[engine]
+        thresholds = [None] * stop + [1.0] * (len(self.model.exit_layers) - stop)
+        return ExitPolicy(criterion="fixed_depth", threshold=tuple(thresholds))
+
+    def _batches(self, predict: Callable[[Any], Any], tensors: str) -> Run:
+        def run(texts: Texts, size: int) -> list[float]:
+            seconds = []
+            for start in range(0, len(texts), size):
+                begin = time.perf_counter()
+                predict(self.encode(texts[start : start + size], tensors))
+                seconds.append(time.perf_counter() - begin)
+            return seconds
+
+        return run
+
+    def _stream(self, engine: str) -> Run:
+        model, policy = self.engine(engine), self.policies[engine]
+
+        def run(texts: Texts, size: int) -> list[float]:
+            begin = time.perf_counter()
+            for _ in model.early_exit_stream(texts, size, tokenizer=self.tokenizer, policy=policy):
+                pass
+            return [time.perf_counter() - begin]
+
+        return run
