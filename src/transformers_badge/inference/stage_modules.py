@@ -1,9 +1,9 @@
 """The stages of a model as modules that take and return tensors by name: what engines trace or compile."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from transformers_badge.inference.named_stages import argument
 from transformers_badge.model.outputs_badge import BlockState
@@ -50,9 +50,8 @@ class BlocksAndExit(nn.Module):
     def __init__(self, model: Any, exit_index: int, arguments: dict[str, Any]) -> None:
         super().__init__()
         self.model, self.exit_index = model, exit_index
-        leaves, self.structure = tree_flatten(arguments)
         # `...` is where a tensor goes: one kept here would tie a compiled graph to its shape.
-        self.leaves = [... if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self.structure = _fill(arguments, iter([...] * len(name_arguments(arguments))))
 
     def forward(
         self,
@@ -64,9 +63,7 @@ class BlocksAndExit(nn.Module):
     ) -> dict[str, Tensor]:
         """As in `BlockState`; arguments in the order of `name_arguments`."""
         model, layers = self.model, self.model.exit_layers
-        given = iter(arguments)
-        leaves = [next(given) if leaf is ... else leaf for leaf in self.leaves]
-        made = tree_unflatten(leaves, self.structure)
+        made = _fill(self.structure, iter(arguments))
         state = BlockState({}, attention_mask, None, lexical_logits, hidden_states, bypass_state, None, made)
         first = layers[self.exit_index - 1] + 1 if self.exit_index else 1
         for layer in range(first, layers[self.exit_index] + 1):
@@ -106,5 +103,22 @@ def present(**tensors: Tensor | None) -> dict[str, Tensor]:
 
 def name_arguments(arguments: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors among the arguments of blocks, in a fixed order."""
-    leaves, _ = tree_flatten(arguments)
-    return {argument(index): leaf for index, leaf in enumerate(t for t in leaves if isinstance(t, Tensor))}
+    return {argument(index): tensor for index, tensor in enumerate(_tensors(arguments))}
+
+
+# Not torch's pytree: what is compiled with it is compiled anew once any library tells it of one more type.
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors in dicts, lists and tuples, however deep."""
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [tensor for part in parts for tensor in _tensors(part)]
+
+
+def _fill(value: Any, tensors: Iterator[Any]) -> Any:
+    """The same dicts, lists and tuples with the next of `tensors` for each tensor, or `...`, that is in them."""
+    if isinstance(value, Tensor) or value is ...:
+        return next(tensors)
+    if isinstance(value, dict):
+        return {name: _fill(part, tensors) for name, part in value.items()}
+    return type(value)([_fill(part, tensors) for part in value]) if isinstance(value, (list, tuple)) else value
