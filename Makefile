@@ -33,6 +33,8 @@ lint: setup  ## Mend what the linters can mend
 
 bench: setup  ## Run the timed comparisons (BENCH_OUTPUT=dir)
 	$(BIN)/python benchmarks/run.py --output-dir $(BENCH_OUTPUT)
+	test -d $(DEMO_OUTPUT)/checkpoint || $(BIN)/transformers-badge demo --output-dir $(DEMO_OUTPUT)
+	$(BIN)/python benchmarks/engines.py $(DEMO_OUTPUT)/checkpoint --output-dir $(BENCH_OUTPUT)
 
 docs: setup  ## Make the tables, the README's figures and the picture from the records in docs/records
 	$(BIN)/python benchmarks/write_docs.py

@@ -12,7 +12,7 @@ Example: python benchmarks/write_docs.py (`make docs`). To renew the records fir
     python benchmarks/guarantee.py                            -> guarantee.json
     python benchmarks/lexical.py                              -> lexical.json
     python benchmarks/lexical.py --time demo-output/checkpoint -> lexical_time.json
-    python benchmarks/engines.py demo-output/checkpoint       -> engines.json
+    python benchmarks/engines.py demo-output/checkpoint       -> engines/benchmark.json as engines.json
 """
 
 import json

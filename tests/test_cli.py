@@ -403,5 +403,25 @@ def test_an_export_is_predicted_calibrated_and_evaluated_as_a_checkpoint_is(chec
     assert json.loads((export / "config.json").read_text())["exit_policy"]["certificate"]["met"]
     assert "The exit table is of another model: its weights" in failing(capsys, "calibrate", checkpoint, table)
     assert "is an export already" in failing(capsys, "export", export)
-    assert "engine must be one of onnxruntime" in failing(capsys, "export", checkpoint, "--engine", "x")
+    assert "engine must be onnxruntime" in failing(capsys, "export", checkpoint, "--engine", "compiled")
     assert "precision must be one of fp32, int8" in failing(capsys, "export", checkpoint, "--precision", "fp8")
+
+
+def test_a_benchmark_times_what_it_names(checkpoint, traffic, tmp_path, capsys):
+    arguments = ["--data", traffic, "--rows", "8", "--rounds", "1", "--batch-size", "4"]
+    engines = ["--engine", "eager", "--engine", "fp32"]
+    code, printed, err = run(
+        capsys, "benchmark", checkpoint, *arguments, *engines, "--output-dir", tmp_path / "benchmark"
+    )
+    assert code == 0, err
+    assert "benchmark.json, benchmark.md, benchmark.png" in " ".join(printed.split())
+    record = json.loads((tmp_path / "benchmark" / "benchmark.json").read_text())
+    assert set(record["engines"]) == {"eager", "fp32"}
+    spent = record["batch_sizes"]["4"]["milliseconds_per_row"]
+    assert {"pipeline", "full, fp32", "early exit, fp32", "stream, eager"} < set(spent)
+    assert all(milliseconds > 0 for milliseconds in spent.values())
+    assert all(mebibytes > 50 for mebibytes in record["memory"].values())
+    assert (tmp_path / "benchmark" / "benchmark.png").stat().st_size > 1000
+    there = ["--output-dir", tmp_path / "other"]
+    assert "--engine must be one of" in failing(capsys, "benchmark", checkpoint, *arguments, *there, "--engine", "tpu")
+    assert not (tmp_path / "other").exists()

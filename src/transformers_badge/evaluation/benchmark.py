@@ -75,6 +75,8 @@ def benchmark_checkpoint(
         "max_lost": None if calibration is None else max_lost,
         "engines": {},
     }
+    runs: dict[str, Run] = {PIPELINE: contenders.pipeline()}
+    engines = [engine for engine in ENGINES if engine in engines]
     for engine in engines:
         on_step(f"{engine}: every exit's answers")
         model = contenders.engine(engine)
@@ -86,9 +88,6 @@ def benchmark_checkpoint(
         record["engines"][engine] = entry = measure_policy(table, policy)
         entry["policy"] = policy.to_dict()
         contenders.truncated_at[engine] = entry["truncated_exit"]
-    runs: dict[str, Run] = {PIPELINE: contenders.pipeline()}
-    for engine in engines:
-        on_step(f"{engine}: the full model")
         runs.update({f"{kind}, {engine}": contenders.run(kind, engine) for kind in (*_KINDS, "stream")})
     record["batch_sizes"] = {}
     for size in batch_sizes:

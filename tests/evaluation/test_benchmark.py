@@ -1,0 +1,72 @@
+"""What a benchmark says of a policy, and that its contenders do what their names say."""
+
+import numpy as np
+import pytest
+import torch
+
+from tiny import tiny_model, tiny_tokenizer
+from transformers_badge import ExitPolicy, ExitTable
+from transformers_badge.evaluation.benchmark import choose_policy, measure_policy, profile
+from transformers_badge.evaluation.contenders import Contenders
+
+
+@pytest.fixture
+def table():
+    """A hundred rows of which the first exit gets 90 right, surest of the right ones; the others get all right."""
+    logits = np.zeros((100, 3, 2))
+    logits[:, :, 1] = 4.0
+    logits[:90, 0, 1] = np.linspace(2, 4, 90)
+    logits[90:, 0, 0] = np.linspace(1, 0.1, 10)
+    logits[90:, 0, 1] = 0
+    return ExitTable(exit_logits=logits, exit_layers=(1, 2, 4), labels=np.ones(100, dtype=int))
+
+
+def test_the_policy_chosen_is_the_fastest_that_loses_no_more_than_allowed(table):
+    policy = ExitPolicy(criterion="entropy")
+    chosen = {lost: measure_policy(table, choose_policy(table, policy, lost)) for lost in (0.0, 5.0, 20.0)}
+    assert chosen[0.0]["early_exit"] == 100
+    assert 95 <= chosen[5.0]["early_exit"] < 100
+    assert chosen[0.0]["layer_speedup"] < chosen[5.0]["layer_speedup"] < chosen[20.0]["layer_speedup"]
+    assert chosen[20.0]["early_exit"] == pytest.approx(90)
+    assert all(entry["full_depth"] == 100 for entry in chosen.values())
+
+
+def test_one_exit_is_as_deep_as_early_exit_or_deeper(table):
+    entry = measure_policy(table, ExitPolicy())
+    assert (entry["truncated_depth"], entry["truncated"], entry["layer_speedup"]) == (4, 100, 1)
+    everyone = measure_policy(table, ExitPolicy(criterion="fixed_depth", threshold=1.0))
+    assert (everyone["truncated_depth"], everyone["truncated"]) == (1, pytest.approx(90))
+
+
+@pytest.fixture
+def contenders(tmp_path):
+    model = tiny_model("bert", exit_layers=[0, 1, 2], lexical_exit=True, encoder={"num_hidden_layers": 2})
+    model.save_pretrained(tmp_path / "checkpoint")
+    tiny_tokenizer().save_pretrained(tmp_path / "checkpoint")
+    threads = torch.get_num_threads()
+    contenders = Contenders(tmp_path / "checkpoint", tmp_path, threads)
+    contenders.policies["eager"] = ExitPolicy(criterion="entropy", threshold=0.6)
+    return contenders
+
+
+def test_contenders_stop_where_they_say(contenders, monkeypatch):
+    depths = []
+    model = contenders.engine("eager")
+    run_block = model.run_block
+    monkeypatch.setattr(model, "run_block", lambda layer, state: (depths.append(layer), run_block(layer, state))[1])
+    texts = ["w5 w6 w7", "w8", "w9 w10", "w5"]
+    for exit_index, expected in ((0, []), (1, [1]), (2, [1, 2])):
+        depths.clear()
+        contenders.truncated_at["eager"] = exit_index
+        assert len(contenders.run("truncated", "eager")(texts, 4)) == 1
+        assert depths == expected
+    depths.clear()
+    assert len(contenders.run("nobody leaves", "eager")(texts, 2)) == 2
+    assert depths == [1, 2] * 2
+
+
+def test_a_profile_accounts_for_every_part(contenders):
+    parts = profile(contenders, "eager", ["w5 w6 w7", "w8", "w9 w10", "w5"], 2)
+    assert set(parts) > {"tokenization", "exit 0", "blocks", "exits", "criterion and loop"}
+    assert all(milliseconds >= 0 for milliseconds in parts.values())
+    assert parts["blocks"] > 0
