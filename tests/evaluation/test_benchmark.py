@@ -70,3 +70,12 @@ def test_a_profile_accounts_for_every_part(contenders):
     assert set(parts) > {"tokenization", "exit 0", "blocks", "exits", "criterion and loop"}
     assert all(milliseconds >= 0 for milliseconds in parts.values())
     assert parts["blocks"] > 0
+
+
+def test_contenders_in_onnx_runtime_run(contenders, tmp_path):
+    contenders.policies["fp32"] = ExitPolicy(criterion="entropy", threshold=0.6)
+    for kind in ("full", "early exit", "stream"):
+        seconds = contenders.run(kind, "fp32")(["w5 w6 w7", "w8", "w9 w10"], 2)
+        assert len(seconds) == (1 if kind == "stream" else 2)
+        assert min(seconds) > 0
+    assert {"full-fp32.onnx", "full-int8.onnx", "ours-fp32"} < {path.name for path in tmp_path.iterdir()}

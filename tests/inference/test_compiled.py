@@ -27,8 +27,8 @@ def predict(stages, batch, policy, labels):
 
 
 def test_every_family_is_one_graph_a_stage_for_all_shapes(every_family):
-    blocks = {"n_layers" if every_family == "distilbert" else "num_hidden_layers": 2}
-    exits = [0, 1, 2] if every_family in FAMILIES else [0, 2]
+    exits = [0, 1, 2] if every_family in FAMILIES else [0, 1]  # the others as small as may be: it takes long
+    blocks = {"n_layers" if every_family == "distilbert" else "num_hidden_layers": exits[-1]}
     model = tiny_model(every_family, encoder=blocks, exit_layers=exits, lexical_exit=True)
     # The graphs are what differs between families, not the code that is made of them.
     stages = CompiledStages(model, backend="eager").compile()
@@ -52,7 +52,7 @@ def test_the_test_for_recompiling_sees_it():
 
 
 def test_a_checkpoint_is_compiled_and_answers_as_it_does_elsewhere(tmp_path):
-    model = tiny_model("bert", exit_layers=[0, 1, 2], lexical_exit=True, encoder={"num_hidden_layers": 2})
+    model = tiny_model("bert", exit_layers=[0, 2], lexical_exit=True, encoder={"num_hidden_layers": 2})
     model.config.exit_policy = ExitPolicy(**POLICY)
     model.save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
