@@ -1,7 +1,7 @@
 """Early exit on every engine, on the checkpoint of the demo and its movie reviews: `transformers-badge benchmark`.
 
-Thresholds are chosen, for each engine, from the rows before the demo's test rows: the fastest that loses at most half a
-point there. Half of the point that may be lost, since a threshold keeps on other rows what it kept on these only about.
+Thresholds are chosen, for each engine, from the rows before the demo's test rows: the fastest that loses at most three
+quarters of a point there. Not the whole point that may be lost, since what a threshold loses on other rows varies.
 
 Example: python benchmarks/engines.py demo-output/checkpoint --output-dir bench-output
 """
@@ -17,6 +17,7 @@ from transformers import AutoConfig
 from transformers_badge.demo.sources import read_reviews
 
 
+MOST_LOST = 0.75  # points of accuracy
 TEST_ROWS = 1768  # as in the demo: the last of the data set; those before them are for the threshold
 
 
@@ -44,7 +45,7 @@ def main() -> None:
     given = {
         "--data": files["test"],
         "--calibrate": files["calibration"],
-        "--max-lost": 0.5,
+        "--max-lost": MOST_LOST,
         "--output-dir": arguments.output_dir / "engines",
     }
     options = [str(part) for option in given.items() for part in option]

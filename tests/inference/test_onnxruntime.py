@@ -21,7 +21,7 @@ from transformers_badge.inference import onnx_export
 from transformers_badge.inference.exit_logits import check_table_of_model
 from transformers_badge.inference.named_stages import exit_stage
 from transformers_badge.inference.onnx_export import _trace_stages
-from transformers_badge.inference.onnx_stages import GRAPH
+from transformers_badge.inference.onnx_stages import GRAPH, LEXICAL
 from transformers_badge.inference.predictor import MANIFEST, digest_file, digest_weights
 from transformers_badge.inference.rowwise_int8 import quantize_rowwise
 
@@ -324,18 +324,50 @@ def test_bad_exports_are_named(export, exports, tmp_path):
         load(export)
     (export / GRAPH).write_bytes(b"no graph")
     manifest = json.loads((export / MANIFEST).read_text())
-    (export / MANIFEST).write_text(json.dumps({**manifest, "graph": digest_file(export / GRAPH)}))
+    files = {**manifest["files"], GRAPH: digest_file(export / GRAPH)}
+    (export / MANIFEST).write_text(json.dumps({**manifest, "files": files}))
     with pytest.raises(ValueError, match="ONNX Runtime cannot read .*stages.onnx"):
         load(export)
     (export / GRAPH).unlink()
     with pytest.raises(OSError, match="stages.onnx is missing: export the model again"):
         load(export)
     (export / MANIFEST).write_text(json.dumps({**manifest, "format": 99}))
-    with pytest.raises(ValueError, match="was exported by another version \\(format 99; this one reads 1\\)"):
+    with pytest.raises(ValueError, match="was exported by another version \\(format 99; this one reads 2\\)"):
+        load(export)
+    (export / MANIFEST).write_text(json.dumps({**manifest, "files": {}}))
+    with pytest.raises(ValueError, match="onnxruntime.json is damaged"):
         load(export)
     (export / MANIFEST).write_text("{")
     with pytest.raises(ValueError, match="onnxruntime.json is damaged"):
         load(export)
+
+
+def test_the_weights_of_exit_0_are_part_of_an_export(tmp_path):
+    model = tiny_model("bert", lexical_exit=True, seed=1)
+    model.exits[0].weight[0] = 5.0  # what is no n-gram counts for nothing
+    batch = pad(random_rows([9, 3, 1, 14]))
+    ours, digests = model.early_exit_predict(**batch, output_exit_logits=True), []
+    for bias in (0.0, 1.0):
+        model.exits[0].bias += bias
+        export = export_onnx(model, tiny_tokenizer(), tmp_path / "export")
+        predictor = BadgePredictor.from_pretrained(export)
+        digests.append(predictor.digest)
+        theirs = predictor.early_exit_predict(**batch, output_exit_logits=True)
+        difference = np.abs(theirs.exit_logits - ours.exit_logits.numpy()).max()
+        assert (difference < 1e-4) == (bias == 0)  # the second model is the negative control
+    assert digests[0] != digests[1], "a table of the one would pass for one of the other"
+    weights = (export / LEXICAL).read_bytes()
+    (export / LEXICAL).write_bytes(weights[:-1])
+    with pytest.raises(ValueError, match=r"lexical.safetensors is not what was exported: export the model again"):
+        BadgePredictor.from_pretrained(export)
+    manifest = json.loads((export / MANIFEST).read_text())
+    files = {**manifest["files"], LEXICAL: digest_file(export / LEXICAL)}
+    (export / MANIFEST).write_text(json.dumps({**manifest, "files": files}))
+    with pytest.raises(ValueError, match=r"lexical.safetensors is damaged .*: export the model again"):
+        BadgePredictor.from_pretrained(export)
+    (export / LEXICAL).unlink()
+    with pytest.raises(OSError, match=r"lexical.safetensors is missing: export the model again"):
+        BadgePredictor.from_pretrained(export)
 
 
 def test_a_damaged_config_is_named(export):
@@ -368,7 +400,7 @@ def test_what_goes_wrong_in_an_export_leaves_the_earlier_one(bert_model, export,
         return _trace_stages(tiny_model("bert", seed=3, exit_layers=[0, 2, 4], lexical_exit=True))
 
     monkeypatch.setattr(onnx_export, "_trace_stages", graph_of_other_weights)
-    with pytest.raises(ValueError, match="ONNX Runtime answers otherwise than the model: exit 0 is off by"):
+    with pytest.raises(ValueError, match="ONNX Runtime answers otherwise than the model: exit 2 is off by"):
         export_onnx(bert_model, tiny_tokenizer(), export)
     assert {path.name: path.read_bytes() for path in export.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["export"]

@@ -82,12 +82,15 @@ class CompiledStages(NamedStages):
     @torch.no_grad()
     def run(self, stage: str, state: NamedState) -> NamedState:
         """The state with what the stage made in it."""
-        if stage == exit_stage(0):  # a look-up, with nothing to compile
-            return {**state, "lexical_logits": self._model.exits[0](state["input_ids"], state["attention_mask"])}
         given = {name: state[name] for name in self._takes[stage] if name in state}
         if "hidden_states" in given and stage != ARGUMENTS:
             given["arguments"] = [state[name] for name in self._arguments]
         return {**state, **self._stages[stage](**given)}
+
+    @torch.no_grad()
+    def lexical_logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """What exit 0 says: a look-up, with nothing to compile."""
+        return self._model.exits[0](input_ids, attention_mask)  # type: ignore[no-any-return]
 
     def from_host(self, array: Array) -> Tensor:
         """The array where the model is."""
@@ -138,7 +141,7 @@ def load_compiled(
         "precision": precision,
         "max_tokens": model.max_tokens,
         "vocab_size": config.get_text_config().vocab_size,
-        "graph": digest_model(model),
+        "digest": digest_model(model),
     }
     policy = config.exit_policy if precision == "fp32" else replace(config.exit_policy, certificate=None)
     facts = PredictorConfig(config.id2label, problem_type, policy, model.num_labels, config.lexical_exit)

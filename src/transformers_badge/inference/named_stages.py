@@ -1,5 +1,7 @@
 """Stages that an engine runs by name: "embed", "arguments", and one per exit with the blocks up to it.
 
+Exit 0, which needs no block, is none of these.
+
 What an engine has to bring is how it runs a stage, and a few operations on its kind of arrays. Needs no torch.
 """
 
@@ -27,14 +29,13 @@ def argument(index: int) -> str:
 
 
 def exit_stage(layer: int) -> str:
-    """The blocks since the exit before, and the exit of this depth; 0 is the lexical exit."""
+    """The blocks since the exit before, and the exit of this depth."""
     return f"exit_{layer}"
 
 
 def stage_names(exit_layers: Sequence[int]) -> list[str]:
     """The stages, in the order in which they run."""
-    stages = [exit_stage(layer) for layer in exit_layers]
-    return [EMBEDDING, ARGUMENTS, *stages] if exit_layers[0] else [stages[0], EMBEDDING, ARGUMENTS, *stages[1:]]
+    return [EMBEDDING, ARGUMENTS, *[exit_stage(layer) for layer in exit_layers if layer > 0]]
 
 
 class NamedStages(ABC):
@@ -51,6 +52,10 @@ class NamedStages(ABC):
     @abstractmethod
     def run(self, stage: str, state: NamedState) -> NamedState:
         """The state with what the stage made in it."""
+
+    @abstractmethod
+    def lexical_logits(self, input_ids: Any, attention_mask: Any) -> Any:
+        """What exit 0 says, (rows, labels), of the engine's arrays (rows, tokens)."""
 
     @abstractmethod
     def from_host(self, array: Array) -> Any:
@@ -80,7 +85,9 @@ class NamedStages(ABC):
             "attention_mask": self.from_host(attention_mask),
             "token_type_ids": self.from_host(np.zeros_like(input_ids) if token_type_ids is None else token_type_ids),
         }
-        return self.run(exit_stage(0), state) if self.exit_layers[0] == 0 else state
+        if self.exit_layers[0] == 0:
+            state["lexical_logits"] = self.lexical_logits(state["input_ids"], state["attention_mask"])
+        return state
 
     def embed(self, state: NamedState) -> NamedState:
         """The rows as the first block takes them."""

@@ -1,6 +1,7 @@
 """Export to ONNX Runtime: the stages of a model, traced one by one."""
 
 import copy
+import hashlib
 import json
 import os
 import shutil
@@ -12,17 +13,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from transformers_badge.inference.named_stages import ARGUMENTS, EMBEDDING, argument, exit_stage
-from transformers_badge.inference.onnx_stages import GRAPH, RENEWED, OnnxStages, import_onnxruntime
+from transformers_badge.inference.onnx_stages import GRAPH, LEXICAL, RENEWED, OnnxStages, import_onnxruntime
 from transformers_badge.inference.predictor import FORMAT, MANIFEST, digest_file
 from transformers_badge.inference.stage_modules import (
     Arguments,
     BlocksAndExit,
     Embedding,
-    Lexical,
     block_arguments,
     name_arguments,
 )
@@ -86,6 +87,10 @@ def export_onnx(
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
+        if ours.config.lexical_exit:
+            weight, bias = ours.exits[0].weight.clone(), ours.exits[0].bias
+            weight[0] = 0.0  # what is no n-gram
+            save_file({"weight": weight, "bias": bias}, unfinished / LEXICAL)
         stages = _trace_stages(ours)
         onnx.save(join_stages(stages), unfinished / GRAPH)
         _compare(ours, unfinished)
@@ -101,6 +106,7 @@ def export_onnx(
         # Without the code of a checkpoint, which an export does not have.
         stored = {key: v for key, v in config.to_diff_dict().items() if key not in ("auto_map", "custom_pipelines")}
         (unfinished / "config.json").write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n")
+        files = {n: digest_file(unfinished / n) for n in (GRAPH, LEXICAL) if (unfinished / n).is_file()}
         manifest = {
             "format": FORMAT,
             "precision": precision,
@@ -111,7 +117,9 @@ def export_onnx(
             "vocab_size": ours.config.get_text_config().vocab_size,
             "padding_id": ours.padding_id,
             "source": source,
-            "graph": digest_file(unfinished / GRAPH),
+            "lexical": _hashing(ours.config),
+            "files": files,
+            "digest": hashlib.sha256(" ".join(files.values()).encode()).hexdigest()[:16],
         }
         (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         old = folder.with_name(folder.name + ".old")
@@ -123,6 +131,13 @@ def export_onnx(
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder
+
+
+def _hashing(config: Any) -> dict[str, Any] | None:
+    """What `ngram_buckets` needs to know, if there is a lexical exit."""
+    if not config.lexical_exit:
+        return None
+    return {"ignored_ids": config.ignored_ids, "ngrams": config.lexical_ngrams, "buckets": config.lexical_buckets}
 
 
 @torch.no_grad()
@@ -151,7 +166,7 @@ def _trace_stages(model: Any) -> dict[str, Any]:
         state.update(outputs)
 
     if model.config.lexical_exit:
-        trace(exit_stage(0), Lexical(model), "input_ids", "attention_mask")
+        state["lexical_logits"] = model.exits[0](ids, mask)
     trace(EMBEDDING, Embedding(model), "input_ids", "attention_mask", "token_type_ids")
     trace(ARGUMENTS, Arguments(model), "hidden_states", "attention_mask", "position_ids")
     for index, layer in enumerate(model.exit_layers):
@@ -209,7 +224,7 @@ def _compare(model: Any, folder: Path) -> None:
     Raises:
         ValueError: they do not.
     """
-    stages = OnnxStages(folder, model.exit_layers, model.padding_id)
+    stages = OnnxStages(folder, model.exit_layers, model.padding_id, _hashing(model.config))
     generator = torch.Generator().manual_seed(1)
     for rows, tokens in ((1, 1), (1, 5), (5, 12)):
         ids = torch.randint(0, model.config.get_text_config().vocab_size, (rows, tokens), generator=generator)

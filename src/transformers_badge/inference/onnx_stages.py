@@ -3,18 +3,22 @@
 Needs neither torch nor transformers. `onnx_export` makes the graph, which has all stages in it; see `onnx_join`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
 from transformers_badge.inference.named_stages import NamedStages, NamedState, stage_names
+from transformers_badge.model.ngrams_badge import ngram_buckets, ngram_logits
 
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 GRAPH = "stages.onnx"
+LEXICAL = "lexical.safetensors"  # the weights of exit 0
 STAGE = "stage"  # the input that says which of the stages runs
 SEPARATOR = "/"  # between a stage and its output
 RENEWED = "next_"  # before the name of an output that takes the place of an input
@@ -27,12 +31,14 @@ class OnnxStages(NamedStages):
         folder: of an export.
         exit_layers: depths that have an exit.
         padding_id: the token id for padding.
+        lexical: how exit 0 hashes: ngrams, buckets, ignored_ids; `None`: there is none.
         provider: an execution provider of ONNX Runtime.
         threads: how many threads work on one product. Default: a thread per core.
 
     Raises:
         ModuleNotFoundError: ONNX Runtime is not installed.
-        ValueError: this installation of it lacks the provider, or a graph cannot be read.
+        OSError: the weights of exit 0 are missing.
+        ValueError: this installation of it lacks the provider, or a graph or the weights cannot be read.
     """
 
     def __init__(
@@ -40,6 +46,7 @@ class OnnxStages(NamedStages):
         folder: Path,
         exit_layers: Sequence[int],
         padding_id: int = 0,
+        lexical: Mapping[str, Any] | None = None,
         provider: str = "CPUExecutionProvider",
         threads: int | None = None,
     ) -> None:
@@ -58,6 +65,7 @@ class OnnxStages(NamedStages):
         except Exception as error:  # its errors have no common class but this
             raise ValueError(f"ONNX Runtime cannot read {folder / GRAPH}: {error}. Export the model again.") from error
         super().__init__(exit_layers, padding_id)
+        self._lexical = None if lexical is None else (dict(lexical), *_lexical_weights(folder / LEXICAL))
         self._places = {name: np.array(place) for place, name in enumerate(stage_names(exit_layers))}
         self._outputs: dict[str, list[str]] = {name: [] for name in self._places}
         for value in self._session.get_outputs():
@@ -70,6 +78,12 @@ class OnnxStages(NamedStages):
             )
             for value in self._session.get_inputs()
         }
+
+    def lexical_logits(self, input_ids: Array, attention_mask: Array) -> Array:
+        """What exit 0 says; in numpy, since a graph of its many small steps takes four times as long."""
+        assert self._lexical is not None
+        hashing, weight, bias = self._lexical
+        return ngram_logits(ngram_buckets(input_ids, attention_mask, **hashing), weight, bias)
 
     def from_host(self, array: Array) -> Array:
         """It is one."""
@@ -97,6 +111,17 @@ class OnnxStages(NamedStages):
         names = self._outputs[stage]
         renewed = {name.split(SEPARATOR)[1].removeprefix(RENEWED): name for name in names}
         return {**state, **dict(zip(renewed, self._session.run(names, feeds), strict=True))}
+
+
+def _lexical_weights(path: Path) -> tuple[Array, Array]:
+    """The weights of exit 0, (buckets, labels), and its constant, (labels,)."""
+    try:
+        stored = load_file(path)
+        return stored["weight"], stored["bias"]
+    except FileNotFoundError as error:
+        raise OSError(f"{path} is missing: export the model again.") from error
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{path} is damaged ({error}): export the model again.") from error
 
 
 def import_onnxruntime() -> Any:

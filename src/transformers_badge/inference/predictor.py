@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from transformers_badge.inference.named_stages import NamedStages
-from transformers_badge.inference.onnx_stages import GRAPH, OnnxStages
+from transformers_badge.inference.onnx_stages import GRAPH, LEXICAL, OnnxStages
 from transformers_badge.inference.predict import predict_texts
 from transformers_badge.model.early_exit_badge import predict_with_policy
 from transformers_badge.model.policy_badge import ExitPolicy
@@ -22,7 +22,7 @@ from transformers_badge.model.stream_badge import READ_AHEAD, StreamedRow, strea
 Array = np.ndarray[Any, np.dtype[Any]]
 
 MANIFEST = "onnxruntime.json"
-FORMAT = 1
+FORMAT = 2
 ENGINES = ("onnxruntime", "compiled")
 
 
@@ -47,8 +47,8 @@ class BadgePredictor:
     Args:
         stages: the model.
         config: `id2label`, `problem_type`, `exit_policy` and the rest of config.json.
-        manifest: facts about the model, as an export states them: num_labels, precision, max_tokens, vocab_size, graph
-            (a digest).
+        manifest: facts about the model, as an export states them: num_labels, precision, max_tokens, vocab_size,
+            digest.
         tokenizer: of its encoder.
     """
 
@@ -60,7 +60,7 @@ class BadgePredictor:
         self.num_labels: int = manifest["num_labels"]
         self.precision: str = manifest["precision"]
         self.max_tokens: int = manifest["max_tokens"]
-        self.digest: str = manifest["graph"][:16]  # tells whether an exit table is this predictor's own
+        self.digest: str = manifest["digest"]  # tells whether an exit table is this predictor's own
         self._vocab_size: int = manifest["vocab_size"]
 
     @classmethod
@@ -103,7 +103,14 @@ class BadgePredictor:
         from transformers import AutoTokenizer, PreTrainedConfig
 
         given = {} if provider is None else {"provider": provider}
-        stages = OnnxStages(folder, manifest["exit_layers"], manifest["padding_id"], threads=threads, **given)
+        stages = OnnxStages(
+            folder,
+            manifest["exit_layers"],
+            manifest["padding_id"],
+            lexical=manifest["lexical"],
+            threads=threads,
+            **given,
+        )
         # Given any config, it does not ask for that of the model, whose class needs torch.
         tokenizer = AutoTokenizer.from_pretrained(folder, config=PreTrainedConfig())
         return cls(stages, PredictorConfig.load(folder, manifest), manifest, tokenizer)
@@ -288,7 +295,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        digest, version = str(manifest["graph"]), int(manifest["format"])
+        version = int(manifest["format"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / MANIFEST} is damaged: export the model again.") from error
     if version != FORMAT:
@@ -296,10 +303,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder} was exported by another version (format {version}; this one reads {FORMAT}): export the model "
             "again, or use that version."
         )
-    if not (folder / GRAPH).is_file():
-        raise OSError(f"{folder / GRAPH} is missing: export the model again.")
-    if digest_file(folder / GRAPH) != digest:
-        raise ValueError(f"{folder / GRAPH} is not what was exported: export the model again.")
+    try:
+        needed = [GRAPH] if manifest["lexical"] is None else [GRAPH, LEXICAL]
+        files = {name: str(manifest["files"][name]) for name in needed}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / MANIFEST} is damaged: export the model again.") from error
+    for name, digest in files.items():
+        if not (folder / name).is_file():
+            raise OSError(f"{folder / name} is missing: export the model again.")
+        if digest_file(folder / name) != digest:
+            raise ValueError(f"{folder / name} is not what was exported: export the model again.")
     return dict(manifest)
 
 

@@ -33,8 +33,7 @@ def quantize_rowwise(model: onnx.ModelProto) -> onnx.ModelProto:
         for name, value, dtype in (
             ("zero", ZERO, np.uint8),
             ("one", 1.0, np.float32),
-            ("limit", _LIMIT, np.float32),
-            ("share", 1 / _LIMIT, np.float32),
+            ("step", 1 / _LIMIT, np.float32),
             ("tiny", 1e-12, np.float32),
             ("last", [-1], np.int64),
         )
@@ -50,12 +49,12 @@ def quantize_rowwise(model: onnx.ModelProto) -> onnx.ModelProto:
             quantized[activations] = f"int8.{activations}"
             nodes += _quantize_activations(activations, quantized[activations])
         scales = np.maximum(np.abs(matrix).max(axis=0) / _LIMIT, 1e-12).astype(np.float32)
-        constants.append(numpy_helper.from_array(scales, f"{name}.scales"))
+        constants.append(numpy_helper.from_array(scales / np.float32(_LIMIT), f"{name}.scales"))
         constants.append(numpy_helper.from_array(np.rint(matrix / scales).astype(np.int8), f"{name}.int8"))
         whole = quantized[activations]
         inputs = [whole, f"{name}.int8", "int8.one", f"{name}.scales", "int8.zero"]
         nodes.append(helper.make_node("MatMulIntegerToFloat", inputs, [f"{name}.unscaled"], domain="com.microsoft"))
-        nodes.append(helper.make_node("Mul", [f"{name}.unscaled", f"{whole}.scale"], [name]))
+        nodes.append(helper.make_node("Mul", [f"{name}.unscaled", f"{whole}.most"], [name]))
     read = {name for node in nodes for name in node.input}
     constants = [constant for constant in [*graph.initializer, *constants] if constant.name in read]
     made = helper.make_graph(nodes, graph.name, list(graph.input), list(graph.output), constants)
@@ -64,19 +63,16 @@ def quantize_rowwise(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _quantize_activations(name: str, whole: str) -> list[Any]:
-    """Nodes from activations (..., width) to uint8 (..., width), `whole`, and their scales (..., 1), `whole`.scale."""
+    """Nodes from activations (..., width) to uint8 (..., width), `whole`, and the most of a token, (..., 1)."""
 
     def node(operator: str, inputs: list[str], output: str, **attributes: Any) -> Any:
         return helper.make_node(operator, inputs, [f"{whole}{output}"], **attributes)
 
     # Passes that each thread can take a part of: QuantizeLinear itself, given a scale per token, runs in one thread.
     return [
-        node("ReduceMax", [name, "int8.last"], ".max", keepdims=1),
-        node("ReduceMin", [name, "int8.last"], ".min", keepdims=1),
-        node("Neg", [f"{whole}.min"], ".negative"),
-        node("Max", [f"{whole}.max", f"{whole}.negative", "int8.tiny"], ".most"),
-        node("Mul", [f"{whole}.most", "int8.share"], ".scale"),
-        node("Div", ["int8.limit", f"{whole}.most"], ".inverse"),
-        node("Mul", [name, f"{whole}.inverse"], ".scaled"),
-        node("QuantizeLinear", [f"{whole}.scaled", "int8.one", "int8.zero"], ""),
+        node("Abs", [name], ".size"),
+        node("ReduceMax", [f"{whole}.size", "int8.last"], ".largest", keepdims=1),
+        node("Max", [f"{whole}.largest", "int8.tiny"], ".most"),
+        node("Div", [name, f"{whole}.most"], ".share"),
+        node("QuantizeLinear", [f"{whole}.share", "int8.step", "int8.zero"], ""),
     ]

@@ -74,22 +74,6 @@ class BlocksAndExit(nn.Module):
         return present(hidden_states=state.hidden_states, bypass_state=state.bypass_state, logits=logits)
 
 
-class Lexical(nn.Module):
-    """Exit 0."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.exit = model.exits[0]
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-        """From (rows, tokens), int64."""
-        buckets = self.exit.buckets(input_ids, attention_mask)
-        found = (buckets > 0)[..., None].to(self.exit.weight.dtype)
-        # The sum that `LexicalExit` has embedding_bag for, which would be exported as a loop over the rows.
-        total = (nn.functional.embedding(buckets, self.exit.weight) * found).sum(dim=1)
-        return {"lexical_logits": self.exit.bias + total / found.sum(dim=1).clamp(min=1).sqrt()}
-
-
 def block_arguments(model: Any, hidden_states: Any, attention_mask: Tensor, position_ids: Any) -> dict[str, Any]:
     """What the blocks of this family need besides the hidden states."""
     made: dict[str, Any] = model.adapter.block_arguments(model.encoder, hidden_states, attention_mask, position_ids)

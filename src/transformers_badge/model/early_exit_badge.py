@@ -159,7 +159,7 @@ def run_to_exit(
         leaves = np.ones(len(batch), dtype=bool)
     else:
         leaves = is_ready(exit_scores(exit_logits, policy, problem_type), thresholds[index])
-    return replace(batch, state=reached, exit_logits=exit_logits), leaves
+    return Batch(reached, batch.mask, batch.rows, exit_logits), leaves
 
 
 def predict_with_policy(

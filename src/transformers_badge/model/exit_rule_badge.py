@@ -32,8 +32,8 @@ def rule_features(probabilities: Array) -> Array:
     At the first exit the features of earlier exits are 0. Where a probability of any exit is NaN, features are NaN.
     """
     predicted = probabilities.argmax(axis=-1)
-    own = np.take_along_axis(probabilities, predicted[..., -1:, None], axis=-1)[..., 0]  # of the class predicted here
-    own = _within(own, _LEAST, 1 - _LEAST)
+    here = np.arange(probabilities.shape[-1]) == predicted[..., -1:, None]
+    own = _within((probabilities * here).sum(axis=-1), _LEAST, 1 - _LEAST)  # of the class predicted here
     odds = np.log(own / (1 - own))
     features = np.zeros((*odds.shape[:-1], len(FEATURES)))
     features[..., 0] = odds[..., -1]
@@ -44,7 +44,7 @@ def rule_features(probabilities: Array) -> Array:
         earlier = odds.shape[-1] - 1
         features[..., 3] = odds[..., :-1].sum(axis=-1) / earlier
         features[..., 4] = (predicted[..., :-1] == predicted[..., -1:]).sum(axis=-1) / earlier
-        features[..., 5] = _entropy(pair.sum(axis=-2) / 2) - _entropy(pair).sum(axis=-1) / 2
+        features[..., 5] = _entropy(pair.sum(axis=-2) / 2, -1) - _entropy(pair, (-2, -1)) / 2
     return features
 
 
@@ -56,12 +56,12 @@ def rule_scores(features: Array, weights: Array) -> Array:
     return np.asarray(1 / (1 + np.exp(-logit)))
 
 
-# Sums and these two instead of mean and clip, which do the same and take three times as long for a single row: at batch
-# size 1 on a fast engine the criterion is a fifth of the time.
+# Sums and these two instead of mean and clip, and above a product instead of take_along_axis: they do the same in a
+# third of the time for a single row, and at batch size 1 on a fast engine the criterion is a fifth of the time.
 def _within(values: Array, least: float, most: float) -> Array:
     """Clipped; NaN stays NaN."""
     return np.asarray(np.minimum(np.maximum(values, least), most))
 
 
-def _entropy(probabilities: Array) -> Array:
-    return np.asarray(-(probabilities * np.log(np.maximum(probabilities, _TINY))).sum(axis=-1))
+def _entropy(probabilities: Array, axis: int | tuple[int, int]) -> Array:
+    return np.asarray(-(probabilities * np.log(np.maximum(probabilities, _TINY))).sum(axis=axis))

@@ -19,8 +19,9 @@ from scipy import sparse
 from scipy.optimize import minimize
 from scipy.special import expit, log_expit, log_softmax, softmax
 
-from transformers_badge.model.lexical_badge import ngram_buckets
 from transformers_badge.model.loss_badge import infer_problem_type
+from transformers_badge.model.ngrams_badge import ngram_buckets
+from transformers_badge.model.rows_badge import pad_rows
 
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -157,7 +158,7 @@ def fit_lexical_exit(
         lexical.bias.copy_(torch.from_numpy(solution.bias * spread + center))
         if others.size:  # it was not fitted to these: what it says now is what it would say
             answered = [
-                lexical(ids.to(model.device), mask.to(model.device)).float().cpu()
+                lexical(torch.from_numpy(ids).to(model.device), torch.from_numpy(mask).to(model.device)).float().cpu()
                 for ids, mask in _padded(rows.select(others)["input_ids"])
             ]
             logits[others] = torch.cat(answered).numpy()
@@ -220,13 +221,9 @@ class Counted:
 
 def _padded(input_ids: Any) -> Iterator[tuple[Any, Any]]:
     """Token ids, a list of lists, in batches: ids and mask, (rows, tokens)."""
-    import torch
-    from torch.nn.utils.rnn import pad_sequence
-
     for start in range(0, len(input_ids), _CHUNK):
-        rows = [torch.tensor(row) for row in input_ids[start : start + _CHUNK]]
-        mask = [torch.ones_like(row) for row in rows]
-        yield pad_sequence(rows, batch_first=True), pad_sequence(mask, batch_first=True)
+        inputs, mask = pad_rows([{"input_ids": row} for row in input_ids[start : start + _CHUNK]], padding_id=0)
+        yield inputs["input_ids"], mask
 
 
 def count_ngrams(input_ids: Any, config: Any, on_rows: Callable[[int], Any] = lambda rows: None) -> Counted:
@@ -235,11 +232,11 @@ def count_ngrams(input_ids: Any, config: Any, on_rows: Callable[[int], Any] = la
     found, numbers = [], []
     tokens = sparse.csr_matrix((buckets, vocabulary))
     for ids, mask in _padded(input_ids):
-        at = ngram_buckets(ids, mask, config.ignored_ids, config.lexical_ngrams, buckets).numpy()
+        at = ngram_buckets(ids, mask, config.ignored_ids, config.lexical_ngrams, buckets)
         found.append(at[at > 0].astype(np.int32))
         numbers.append((at > 0).sum(axis=1))
         alone = at[:, : ids.shape[1]]  # single tokens come first
-        single = alone[alone > 0], ids.numpy()[alone > 0]
+        single = alone[alone > 0], ids[alone > 0]
         tokens += sparse.csr_matrix((np.ones(len(single[0])), single), shape=tokens.shape)
         on_rows(len(ids))
     number, columns = np.concatenate(numbers), np.concatenate(found)
@@ -255,17 +252,15 @@ def _embeddings(model: Any, counted: Counted) -> tuple[Any, Array]:
     A bucket that several n-grams share has as much of a token as occurs of it there. Tokens that do not occur stand
     where nothing else does: through these the exit knows words that it was not fitted to.
     """
-    import torch
-
     buckets, vocabulary = counted.tokens.shape
     table = model.get_input_embeddings().weight.detach().float().cpu().numpy()[:vocabulary]
     table = table - table.mean(axis=0)
     table /= max(float(table.std()), 1e-12)
     ignored = model.config.ignored_ids
-    token = torch.arange(len(table))[:, None]
+    token = np.arange(len(table))[:, None]
     # A token by itself, and as the second text of a pair.
-    texts = torch.cat([token, torch.full_like(token, ignored[0]), token], dim=1) if ignored else token
-    places = ngram_buckets(texts, None, ignored, 1, buckets).numpy()[:, ::2]
+    texts = np.concatenate([token, np.full_like(token, ignored[0]), token], axis=1) if ignored else token
+    places = ngram_buckets(texts, None, ignored, 1, buckets)[:, ::2]
     weights = counted.tokens
     for segment in range(places.shape[1]):
         known = np.flatnonzero(places[:, segment])
