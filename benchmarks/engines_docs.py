@@ -1,4 +1,4 @@
-"""The figures in docs/engines.md, from the record of `benchmarks/engines.py`."""
+"""The figures in docs/engines.md, from the records of `benchmarks/engines.py` and `benchmarks/regroup.py`."""
 
 import re
 from collections.abc import Callable
@@ -9,18 +9,67 @@ from transformers_badge.evaluation.benchmark_report import ENGINE_NAMES, render_
 from transformers_badge.evaluation.plots import plot_engines
 
 
-def write_engines(root: Path, record: dict[str, Any], machine: Callable[[dict[str, Any]], str]) -> None:
+def write_engines(
+    root: Path,
+    record: dict[str, Any],
+    bolder: dict[str, Any],
+    regroup: dict[str, Any],
+    machine: Callable[[dict[str, Any]], str],
+) -> None:
     """Put the figures between the page's markers, and draw the picture."""
     plot_engines(record, ENGINE_NAMES, root / "docs" / "images" / "engines.png")
-    text = "\n\n".join(
+    figures = "\n\n".join(
         [
-            "The checkpoint of `make demo` (MiniLM, 6 blocks, exit 0, movie reviews) and its test rows in the order of arrival, padded to the longest of each batch, with thresholds chosen for each engine "
-            f"on other rows to lose at most {record['max_lost']:g} points there. `python benchmarks/engines.py demo-output/checkpoint` on {machine(record)}, ONNX Runtime "
+            "The checkpoint of `make demo DEMO_ARGS=--full` (MiniLM, 6 blocks, exit 0, movie reviews) and its test rows in the order of arrival, padded to the longest of each batch, with thresholds chosen for "
+            f"each engine on other rows to lose at most {record['max_lost']:g} points there. `python benchmarks/engines.py demo-output/checkpoint --calibration-rows 2000` on {machine(record)}, ONNX Runtime "
             f"{record['machine']['onnxruntime']}; {record['timed_rows']} timed rows, a fourth of them at batch size 1.",
             "![milliseconds per row, by engine and batch size](images/engines.png)",
             render_benchmark(record),
+            *_bolder(bolder),
         ]
     )
-    path, block = root / "docs" / "engines.md", f"<!-- figures: make docs -->\n{text}\n<!-- end of figures -->"
-    pattern = r"<!-- figures: make docs -->.*<!-- end of figures -->"
-    path.write_text(re.sub(pattern, lambda _: block, path.read_text(), flags=re.S))
+    path = root / "docs" / "engines.md"
+    page = path.read_text()
+    for name, text in (("figures", figures), ("regrouping", _regrouping(regroup, machine))):
+        block = f"<!-- {name}: make docs -->\n{text}\n<!-- end of {name} -->"
+        page = re.sub(rf"<!-- {name}: make docs -->.*<!-- end of {name} -->", lambda _, b=block: b, page, flags=re.S)  # type: ignore[misc]
+    path.write_text(page)
+
+
+def _bolder(record: dict[str, Any]) -> list[str]:
+    """What thresholds that may lose more are worth."""
+    sizes = list(record["batch_sizes"])
+    lines = [
+        f"| engine | points lost | layer speedup | over the full model there, batch {', '.join(sizes)} | over transformers' pipeline |",
+        "|---|---|---|---|---|",
+    ]
+    for engine, entry in record["engines"].items():
+        ratios = [batch["ratios"] for batch in record["batch_sizes"].values()]
+        full, pipeline = (
+            ", ".join(f"{ratio[f'early exit, {engine} over {base}']['median']:.2f}x" for ratio in ratios)
+            for base in (f"full, {engine}", "pipeline")
+        )
+        lost = entry["full_depth"] - entry["early_exit"]
+        lines.append(f"| {ENGINE_NAMES[engine]} | {lost:.2f} | {entry['layer_speedup']:.2f}x | {full} | {pipeline} |")
+    return [
+        f"The same with thresholds that lose at most {record['max_lost']:g} points on the rows that they are chosen on (`--max-lost {record['max_lost']:g}`), and what they lose on the test rows:",
+        "\n".join(lines),
+    ]
+
+
+def _regrouping(record: dict[str, Any], machine: Callable[[dict[str, Any]], str]) -> str:
+    """What regrouping is worth by itself."""
+    tokens, lines = record["tokens_per_row"], ["| | seconds | block runs | positions computed over those needed |"]
+    lines.append("| --- | --- | --- | --- |")
+    for name, entry in record["contenders"].items():
+        lines.append(
+            f"| {name} | {entry['median_seconds']:.1f} | {entry['block_runs']} | {entry['cells_over_needed']:.2f} |"
+        )
+    lines += ["", "| rows per second | median | least | greatest |", "| --- | --- | --- | --- |"]
+    for name, speedup in record["wall_clock_speedup"].items():
+        lines.append(f"| {name} | {speedup['median']:.2f}x | {speedup['min']:.2f}x | {speedup['max']:.2f}x |")
+    return (
+        f"`python benchmarks/regroup.py --rows {record['rows']} --rounds {record['rounds']}`: a random BERT of 12 blocks of width 768 in PyTorch, {record['rows']} rows of {tokens['mean']:.0f} tokens on average and "
+        f"{tokens['most']} at most, which leave evenly over the 12 exits; batch size {record['batch_size']}; {machine(record)}.\n\n"
+        + "\n".join(lines)
+    )
