@@ -19,7 +19,7 @@ from transformers_badge import BadgePredictor, ExitPolicy, calibrate, export_onn
 from transformers_badge.calibration.replay import replay, score_exits
 from transformers_badge.inference import onnx_export
 from transformers_badge.inference.exit_logits import check_table_of_model
-from transformers_badge.inference.named_stages import exit_stage
+from transformers_badge.inference.named_stages import exit_stage, stage_names
 from transformers_badge.inference.onnx_export import _trace_stages
 from transformers_badge.inference.onnx_stages import GRAPH, LEXICAL
 from transformers_badge.inference.predictor import MANIFEST, digest_file, digest_weights
@@ -340,6 +340,16 @@ def test_bad_exports_are_named(export, exports, tmp_path):
     (export / MANIFEST).write_text("{")
     with pytest.raises(ValueError, match="onnxruntime.json is damaged"):
         load(export)
+
+
+def test_a_graph_holds_its_weights_once(exports):
+    for precision in ("fp32", "int8"):
+        graph = onnx.load(exports / f"onnxruntime-{precision}" / GRAPH).graph
+        branches = [attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g")]
+        assert len(branches) == 2 * len(stage_names([0, 2, 4]))
+        # ONNX Runtime keeps those of a branch twice.
+        assert not any(branch.initializer for branch in branches)
+        assert len(graph.initializer) > 50
 
 
 def test_the_weights_of_exit_0_are_part_of_an_export(tmp_path):

@@ -31,7 +31,7 @@ def join_stages(stages: Mapping[str, onnx.ModelProto]) -> onnx.ModelProto:
     Raises:
         ValueError: the weights do not fit into one file.
     """
-    nodes, outputs, places = [], [], []
+    nodes, outputs, constants = [], [], []
     versions: dict[str, int] = {}
     inputs = {STAGE: helper.make_tensor_value_info(STAGE, TensorProto.INT64, [])}
     size = sum(stage.ByteSize() for stage in stages.values())
@@ -43,14 +43,18 @@ def join_stages(stages: Mapping[str, onnx.ModelProto]) -> onnx.ModelProto:
         graph = compose.add_prefix(stage, f"{name}{SEPARATOR}", rename_inputs=False).graph
         for value in graph.input:
             inputs.setdefault(value.name, value)
-        body = helper.make_graph(list(graph.node), name, [], list(graph.output), list(graph.initializer))
+        # Weights are outside of the branch, where ONNX Runtime would keep them twice. What it hands on has to be inside.
+        handed_on = {value.name for value in graph.output}
+        inside = [constant for constant in graph.initializer if constant.name in handed_on]
+        constants += [constant for constant in graph.initializer if constant.name not in handed_on]
+        body = helper.make_graph(list(graph.node), name, [], list(graph.output), inside)
         here = [f"place of {name}", f"is {name}"]
-        places.append(numpy_helper.from_array(np.array(place, np.int64), here[0]))
+        constants.append(numpy_helper.from_array(np.array(place, np.int64), here[0]))
         nodes.append(helper.make_node("Equal", [STAGE, here[0]], [here[1]]))
         names = [value.name for value in graph.output]
         nodes.append(helper.make_node("If", [here[1]], names, then_branch=body, else_branch=_nothing(graph.output)))
         outputs += [_of_any_size(value, value.name) for value in graph.output]
-    joined = helper.make_graph(nodes, "stages", list(inputs.values()), outputs, places)
+    joined = helper.make_graph(nodes, "stages", list(inputs.values()), outputs, constants)
     opsets = [helper.make_opsetid(domain, version) for domain, version in versions.items()]
     return helper.make_model(joined, opset_imports=opsets, ir_version=next(iter(stages.values())).ir_version)
 
