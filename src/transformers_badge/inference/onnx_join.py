@@ -43,7 +43,7 @@ def join_stages(stages: Mapping[str, onnx.ModelProto]) -> onnx.ModelProto:
         graph = compose.add_prefix(stage, f"{name}{SEPARATOR}", rename_inputs=False).graph
         for value in graph.input:
             inputs.setdefault(value.name, value)
-        # Weights are outside of the branch, where ONNX Runtime would keep them twice. What it hands on has to be inside.
+        # Weights stay outside of the branch, where ONNX Runtime would keep them twice. What it hands on is inside.
         handed_on = {value.name for value in graph.output}
         inside = [constant for constant in graph.initializer if constant.name in handed_on]
         constants += [constant for constant in graph.initializer if constant.name not in handed_on]
