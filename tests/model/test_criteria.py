@@ -103,14 +103,19 @@ def test_a_row_is_scored_alone(policy, problem_type):
         assert together.dtype == np.float64
 
 
-@pytest.mark.parametrize("name", [name for name in CRITERIA if name != "learned"])
+@pytest.mark.parametrize("name", CRITERIA)
 @over_problems
 def test_a_row_is_scored_alone_with_many_exits_and_labels_too(name, problem_type):
     """Sums over more than eight terms are where numpy changes the order of its additions."""
-    logits, policy = random_logits(40, exits=24, labels=77), ExitPolicy(criterion=name, window=12)
+    logits, rule = random_logits(40, exits=24, labels=77), None
+    if name == "learned":
+        weights = np.random.default_rng(6).normal(scale=0.5, size=(24, len(FEATURES) + 1))
+        rule = tuple(map(tuple, weights.tolist()))
+    policy = ExitPolicy(criterion=name, window=12, rule=rule)
     together = exit_scores(logits, policy, problem_type)
     alone = np.concatenate([exit_scores(logits[i : i + 1].copy(), policy, problem_type) for i in range(40)])
     assert np.array_equal(together, alone)
+    assert np.array_equal(together, exit_scores(logits.copy(order="F"), policy, problem_type))
 
 
 @over_problems

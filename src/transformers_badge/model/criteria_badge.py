@@ -38,7 +38,8 @@ def exit_probabilities(
     Raises:
         ValueError: a regression model predicts no distribution.
     """
-    logits = np.asarray(logits, dtype=np.float64)
+    # In one memory order, whatever the caller's: numpy adds in another order in another memory order.
+    logits = np.asarray(logits, dtype=np.float64, order="C")
     # A logit that is not finite makes its distribution NaN, without a warning, and NaN never leaves.
     logits = np.where(np.isfinite(logits), logits, np.nan)
     if problem_type == "regression":
@@ -53,6 +54,7 @@ def exit_probabilities(
         answers = np.stack([np.zeros_like(logits), logits], axis=-1).transpose(0, 2, 1, 3)
     else:
         answers = logits[:, None]
+    answers = np.ascontiguousarray(answers)
     weights = np.exp(answers - answers.max(axis=-1, keepdims=True))
     return np.asarray(weights / weights.sum(axis=-1, keepdims=True))
 

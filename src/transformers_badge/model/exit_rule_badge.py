@@ -44,7 +44,7 @@ def rule_features(probabilities: Array) -> Array:
         earlier = odds.shape[-1] - 1
         features[..., 3] = odds[..., :-1].sum(axis=-1) / earlier
         features[..., 4] = (predicted[..., :-1] == predicted[..., -1:]).sum(axis=-1) / earlier
-        features[..., 5] = _entropy(pair.sum(axis=-2) / 2, -1) - _entropy(pair, (-2, -1)) / 2
+        features[..., 5] = _entropy(pair.sum(axis=-2) / 2) - _entropy(pair).sum(axis=-1) / 2
     return features
 
 
@@ -63,5 +63,5 @@ def _within(values: Array, least: float, most: float) -> Array:
     return np.asarray(np.minimum(np.maximum(values, least), most))
 
 
-def _entropy(probabilities: Array, axis: int | tuple[int, int]) -> Array:
-    return np.asarray(-(probabilities * np.log(np.maximum(probabilities, _TINY))).sum(axis=axis))
+def _entropy(probabilities: Array) -> Array:
+    return np.asarray(-(probabilities * np.log(np.maximum(probabilities, _TINY))).sum(axis=-1))
