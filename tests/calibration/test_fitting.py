@@ -9,8 +9,8 @@ from scipy.stats import mannwhitneyu
 from test_replay import SEVERAL, made_up, made_up_several
 
 from transformers_badge import ExitPolicy
-from transformers_badge.calibration.fitting import fit_rule, fit_temperatures
-from transformers_badge.calibration.replay import agreement, answers, at_exits, score_exits
+from transformers_badge.calibration.fitting import expected_correctness, fit_rule, fit_temperatures
+from transformers_badge.calibration.replay import agreement, answers, at_exits, correctness, score_exits
 from transformers_badge.exit_table import ExitTable
 from transformers_badge.model.criteria_badge import exit_probabilities
 from transformers_badge.model.exit_rule_badge import FEATURES, rule_scores
@@ -34,9 +34,9 @@ def ranking(table, policy):
     return mannwhitneyu(scores[~agrees], scores[agrees]).statistic / ((~agrees).sum() * agrees.sum())
 
 
-def calibrated(rows=4000, problem_type="single_label_classification"):
+def calibrated(rows=4000, problem_type="single_label_classification", seed=0):
     """Labels drawn from what the exits would say at the temperatures FACTORS."""
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(seed)
     logits = generator.normal(0, 2, (rows, 3))
     if problem_type == SEVERAL:
         labels = (generator.random((rows, 3)) < expit(logits)).astype(np.int64)
@@ -152,3 +152,37 @@ def test_temperatures_stay_within_their_bounds():
     found = fit_temperatures(table)
     assert found[:2] == pytest.approx((20, 0.05), rel=1e-3)
     assert all(0.05 <= temperature <= 20 for temperature in found)
+
+
+@pytest.mark.parametrize("problem_type", ["single_label_classification", SEVERAL])
+def test_expected_correctness_says_what_is_lost_with_less_noise_than_counting(problem_type):
+    """Rows of which even the best exit is unsure, as rows where exits disagree mostly are."""
+
+    def make(rows, seed):
+        table, generator = calibrated(rows, problem_type, seed), np.random.default_rng(seed + 1)
+        noise = generator.normal(0, 1, table.exit_logits.shape) * np.array([1.0, 0.7, 0.4, 0.2])[:, None]
+        return replace(table, exit_logits=table.exit_logits / FACTORS[:, None] / 2 + noise)
+
+    def lost(values):
+        return (values[:, -1] - values[:, 1]).mean()
+
+    truth = lost(correctness(make(50_000, 999)).astype(float))
+    tables = [make(300, seed) for seed in range(40)]
+    expected = np.array([lost(expected_correctness(table)) for table in tables])
+    counted = np.array([lost(correctness(table).astype(float)) for table in tables])
+    assert truth > 0.02
+    assert expected.mean() == pytest.approx(truth, abs=0.01)
+    assert np.sqrt(((expected - truth) ** 2).mean()) < 0.9 * np.sqrt(((counted - truth) ** 2).mean())
+
+
+def test_expected_correctness_follows_the_labels():
+    table = made_up(2000, 4)
+    right = expected_correctness(table)
+    assert right.shape == (2000, 4)
+    assert right.mean(axis=0) == pytest.approx(correctness(table).mean(axis=0), abs=0.02)
+    # the controls: with labels that have nothing to do with the exits, and with the opposite ones
+    shuffled = replace(table, labels=np.random.default_rng(0).permutation(table.labels))
+    assert expected_correctness(shuffled).mean(axis=0) == pytest.approx(np.full(4, 0.5), abs=0.03)
+    assert expected_correctness(replace(table, labels=1 - table.labels)).mean() < 0.3
+    with pytest.raises(ValueError, match="The exit table has no labels"):
+        expected_correctness(replace(table, labels=None))
