@@ -33,9 +33,11 @@ POLICY = {"criterion": "entropy", "threshold": 0.6}
 def few_exits(family):
     """A model of a family, and the same with other weights.
 
-    Four families have exit 0 and a stage of two blocks; the others are as small as may be, for tracing takes long.
+    Four families have exit 0 and a stage of two blocks; the others are as small as may be, for tracing takes long, and
+    have two labels, whose names a config does not store.
     """
-    fields = {"lexical_exit": True, "exit_layers": [0, 1, 3]} if family in FAMILIES else {"exit_layers": [1, 2]}
+    small = {"exit_layers": [1, 2], "num_labels": 2}
+    fields = {"lexical_exit": True, "exit_layers": [0, 1, 3]} if family in FAMILIES else small
     blocks = {"n_layers" if family == "distilbert" else "num_hidden_layers": fields["exit_layers"][-1]}
     return [tiny_model(family, seed=seed, encoder=blocks, **fields) for seed in (0, 7)]
 
@@ -82,6 +84,7 @@ def far_from_threshold(table, policy):
 def test_logits_and_exit_layers_are_the_models(every_family, tmp_path):
     model, other = few_exits(every_family)
     predictor = BadgePredictor.from_pretrained(export_onnx(model, tiny_tokenizer(), tmp_path / "export"))
+    assert predictor.config.id2label == model.config.id2label
     rows = random_rows(LENGTHS, seed=5)
     expected = model.early_exit_predict(**pad(rows), policy=POLICY, output_exit_logits=True)
     layers, logits = expected.exit_layer.numpy(), expected.logits.numpy()

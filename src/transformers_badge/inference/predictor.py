@@ -237,7 +237,9 @@ class PredictorConfig:
         """
         try:
             stored = json.loads((folder / "config.json").read_text())
-            id2label = {int(index): name for index, name in stored["id2label"].items()}
+            # transformers leaves out names that are its own.
+            unnamed = {index: f"LABEL_{index}" for index in range(manifest["num_labels"])}
+            id2label = {int(index): name for index, name in stored.get("id2label", unnamed).items()}
             policy = ExitPolicy.of(stored["exit_policy"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
