@@ -184,10 +184,11 @@ def predict_with_policy(
     batch = keep_rows(stages, Batch.fresh(state, mask, np.arange(len(mask)), num_labels), None)
     while True:
         batch, leaves = run_to_exit(stages, batch, policy, thresholds, problem_type)
-        seen = batch.exit_logits.shape[1]
-        exit_logits[batch.rows[leaves], :seen] = batch.exit_logits[leaves]
-        exit_taken[batch.rows[leaves]] = seen - 1
+        if not leaves.any():
+            continue
+        leaving, seen = batch.rows[leaves], batch.exit_logits.shape[1]
+        exit_logits[leaving, :seen] = batch.exit_logits[leaves]
+        exit_taken[leaving] = seen - 1
         if leaves.all():
             return exit_logits, exit_taken
-        if leaves.any():
-            batch = keep_rows(stages, batch, np.flatnonzero(~leaves))
+        batch = keep_rows(stages, batch, np.flatnonzero(~leaves))

@@ -38,13 +38,14 @@ def rule_features(probabilities: Array) -> Array:
     features = np.zeros((*odds.shape[:-1], len(FEATURES)))
     features[..., 0] = odds[..., -1]
     features[..., 1] = np.sqrt(np.maximum(odds[..., -1], 0))
-    if odds.shape[-1] > 1:
-        pair = probabilities[..., -2:, :]
+    earlier = odds.shape[-1] - 1
+    if earlier:
         features[..., 2] = odds[..., -2]
-        earlier = odds.shape[-1] - 1
         features[..., 3] = odds[..., :-1].sum(axis=-1) / earlier
         features[..., 4] = (predicted[..., :-1] == predicted[..., -1:]).sum(axis=-1) / earlier
-        features[..., 5] = _entropy(pair.sum(axis=-2) / 2) - _entropy(pair).sum(axis=-1) / 2
+        before, now = probabilities[..., -2, :], probabilities[..., -1, :]
+        # H of the mean, less the mean of the two H, in one sum over the classes.
+        features[..., 5] = ((_plogp(before) + _plogp(now)) / 2 - _plogp((before + now) / 2)).sum(axis=-1)
     return features
 
 
@@ -63,5 +64,5 @@ def _within(values: Array, least: float, most: float) -> Array:
     return np.asarray(np.minimum(np.maximum(values, least), most))
 
 
-def _entropy(probabilities: Array) -> Array:
-    return np.asarray(-(probabilities * np.log(np.maximum(probabilities, _TINY))).sum(axis=-1))
+def _plogp(probabilities: Array) -> Array:
+    return np.asarray(probabilities * np.log(np.maximum(probabilities, _TINY)))
