@@ -6,7 +6,8 @@ import torch
 
 from tiny import tiny_model, tiny_tokenizer
 from transformers_badge import ExitPolicy, ExitTable
-from transformers_badge.evaluation.benchmark import choose_policy, measure_policy, profile
+from transformers_badge.evaluation import benchmark
+from transformers_badge.evaluation.benchmark import choose_policy, ideal_milliseconds, measure_policy, profile
 from transformers_badge.evaluation.contenders import Contenders
 
 
@@ -70,6 +71,18 @@ def test_a_profile_accounts_for_every_part(contenders):
     assert set(parts) > {"tokenization", "exit 0", "blocks", "exits", "criterion and loop"}
     assert all(milliseconds >= 0 for milliseconds in parts.values())
     assert parts["blocks"] > 0
+
+
+def test_in_the_ideal_time_rows_pay_for_what_they_need(contenders, monkeypatch):
+    texts, nobody, everybody = ["w5 w6 w7", "w8", "w9 w10", "w5"], np.zeros(4), np.full(4, 2)
+    assert ideal_milliseconds(contenders, "eager", texts, 2, nobody) > 0
+    parts = [("tokenization",), ("begin",), ("embed",), ("run_block", 1), ("run_block", 2)]
+    parts += [("read_exit", 0), ("read_exit", 1), ("read_exit", 2), ("compact",)]
+    seconds = {part: 10.0**place for place, part in enumerate(parts)}
+    monkeypatch.setattr(benchmark, "_profile", lambda *given: (seconds, 1e9))
+    depths = (nobody, np.array([0, 0, 1, 2]), everybody)
+    ideal = [ideal_milliseconds(contenders, "eager", texts, 2, row_depths) for row_depths in depths]
+    assert ideal == [pytest.approx(1000 / 4 * value) for value in (100_011, 3_103_061, 11_111_111)]
 
 
 def test_contenders_in_onnx_runtime_run(contenders, tmp_path):

@@ -24,7 +24,7 @@ def benchmark(
         list[str] | None,
         typer.Option("--engine", help="eager, compiled, fp32, int8 (both in ONNX Runtime); repeat. Default: all."),
     ] = None,
-    rows: Annotated[int, typer.Option(min=1, help="How many rows are timed; a fourth at batch size 1.")] = 256,
+    rows: Annotated[int, typer.Option(min=1, help="How many rows are timed.")] = 256,
     rounds: Annotated[int, typer.Option(min=1, help="How often each contender runs.")] = 5,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: as torch has it.")] = None,
     text_column: Annotated[list[str], typer.Option(help="Column with the text; give it twice for pairs.")] = ["text"],  # noqa: B006

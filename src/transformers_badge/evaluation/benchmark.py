@@ -55,7 +55,7 @@ def benchmark_checkpoint(
             `max_lost` points. Default: the checkpoint's policy for all.
         max_lost: in points of accuracy.
         batch_sizes: to time.
-        rows: how many rows are timed; a fourth of them at batch size 1.
+        rows: how many rows are timed.
         rounds: how often each contender runs, besides a warm-up.
         threads: of torch and of ONNX Runtime.
         engines: of "eager", "compiled", "fp32", "int8".
@@ -63,8 +63,8 @@ def benchmark_checkpoint(
 
     Returns:
         `machine`; `engines`, each with accuracy at full depth, with early exit and truncated, and layer_speedup;
-        `batch_sizes`, each with milliseconds_per_row, latency (p50 and p99 of a batch, ms), ratios; `memory` in MiB;
-        `profile`, the shares of a row's time.
+        `batch_sizes`, each with milliseconds_per_row, ideal (see `ideal_milliseconds`), latency (p50 and p99 of a
+        batch, ms), ratios; `memory` in MiB; `profile`, the shares of a row's time.
     """
     contenders = Contenders(checkpoint, folder, threads)
     record: dict[str, Any] = {
@@ -78,6 +78,7 @@ def benchmark_checkpoint(
     }
     runs: dict[str, Run] = {PIPELINE: contenders.pipeline()}
     engines = [engine for engine in ENGINES if engine in engines]
+    depths: dict[str, Any] = {}
     for engine in engines:
         on_step(f"{engine}: every exit's answers")
         model = contenders.engine(engine)
@@ -88,13 +89,17 @@ def benchmark_checkpoint(
         contenders.policies[engine] = policy
         record["engines"][engine] = entry = measure_policy(table, policy)
         entry["policy"] = policy.to_dict()
+        depths[engine] = np.asarray(table.exit_layers)[replay(table, policy)]
         contenders.truncated_at[engine] = entry["truncated_exit"]
         runs.update({f"{kind}, {engine}": contenders.run(kind, engine) for kind in (*_KINDS, "stream")})
     record["batch_sizes"] = {}
     for size in batch_sizes:
-        chosen = texts[: max(rows // 4, 1) if size == 1 else rows]
         on_step(f"batch size {size}")
-        record["batch_sizes"][str(size)] = _time(runs, chosen, size, rounds, record["engines"])
+        ideal = {
+            engine: ideal_milliseconds(contenders, engine, texts[:rows], size, depths[engine][:rows])
+            for engine in engines
+        }
+        record["batch_sizes"][str(size)] = _time(runs, texts[:rows], size, rounds, ideal)
     on_step("profile")
     record["profile"] = {
         engine: {str(size): profile(contenders, engine, texts[:rows], size) for size in batch_sizes}
@@ -148,22 +153,22 @@ def _table(contenders: Contenders, model: Any, texts: Texts, labels: Sequence[in
     return make_exit_table(model, contenders.tokenizer, columns, labels)
 
 
-def _time(runs: dict[str, Run], texts: Texts, size: int, rounds: int, engines: dict[str, Any]) -> dict[str, Any]:
+def _time(runs: dict[str, Run], texts: Texts, size: int, rounds: int, ideal: dict[str, float]) -> dict[str, Any]:
     batches: dict[str, list[float]] = {name: [] for name in runs}
 
     def call(name: str, run: Run) -> Callable[[], None]:
         return lambda: batches[name].extend(run(texts, size))
 
     timings = time_in_turns({name: call(name, run) for name, run in runs.items()}, rounds)
-    ratios = {}
-    for engine, entry in engines.items():
+    ratios, per_row = {}, {name: 1000 * timings.median(name) / len(texts) for name in runs}
+    for engine, least in ideal.items():
         ours = f"early exit, {engine}"
         for base in (PIPELINE, "full, eager", f"full, {engine}", f"truncated, {engine}", f"nobody leaves, {engine}"):
             ratios[f"{ours} over {base}"] = timings.speedup(ours, base)
         ratios[f"stream, {engine} over {ours}"] = timings.speedup(f"stream, {engine}", ours)
         ratios[f"cost of exits, {engine}"] = timings.speedup(f"full, {engine}", f"nobody leaves, {engine}")
-        arrives = ratios[f"{ours} over nobody leaves, {engine}"]["median"] / entry["layer_speedup"]
-        ratios[f"arrives, {engine}"] = dict.fromkeys(("median", "min", "max"), arrives)
+        for name in (ours, f"stream, {engine}"):
+            ratios[f"arrives, {name}"] = dict.fromkeys(("median", "min", "max"), least / per_row[name])
     latency = {
         name: {"p50": 1000 * statistics.median(seconds), "p99": 1000 * float(np.quantile(seconds, 0.99))}
         for name, seconds in batches.items()
@@ -171,14 +176,15 @@ def _time(runs: dict[str, Run], texts: Texts, size: int, rounds: int, engines: d
     }
     return {
         "rows": len(texts),
-        "milliseconds_per_row": {name: 1000 * timings.median(name) / len(texts) for name in runs},
+        "milliseconds_per_row": per_row,
+        "ideal": ideal,
         "latency": latency,
         "ratios": ratios,
     }
 
 
 class ProfiledStages:
-    """Stages that add up the seconds of each of their parts."""
+    """Stages that add up the seconds of each of their parts: by name, and by the block or exit, if it is of one."""
 
     def __init__(self, stages: Any) -> None:
         self._stages, self.seconds = stages, {}  # type: ignore[var-annotated]
@@ -191,10 +197,14 @@ class ProfiledStages:
         def timed(*arguments: Any, **given: Any) -> Any:
             begin = time.perf_counter()
             result = value(*arguments, **given)
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+            self.add((name, arguments[0]) if name in ("run_block", "read_exit") else (name,), begin)
             return result
 
         return timed
+
+    def add(self, part: tuple[Any, ...], begin: float) -> None:
+        """The seconds since `begin`."""
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - begin
 
 
 PARTS = {
@@ -209,10 +219,37 @@ PARTS = {
 
 def profile(contenders: Contenders, engine: str, texts: Texts, size: int) -> dict[str, float]:
     """Milliseconds per row of each part, where `criterion and loop` is what is left."""
+    seconds, total = _profile(contenders, engine, texts, size, contenders.policies[engine])
+    parts = {title: sum(spent for part, spent in seconds.items() if part[0] in names) for title, names in PARTS.items()}
+    parts["criterion and loop"] = total - sum(parts.values())
+    return {title: 1000 * spent / len(texts) for title, spent in parts.items()}
+
+
+def ideal_milliseconds(contenders: Contenders, engine: str, texts: Texts, size: int, depths: Any) -> float:
+    """Milliseconds per row, were every row to pay for the stages it needs alone, at their cost in full batches.
+
+    Args:
+        depths: (texts,), how many blocks run for each.
+    """
+    seconds, _ = _profile(contenders, engine, texts, size, ExitPolicy())
+    # The depth from which on a row needs a part. What is not here, such as the loop, no row needs.
+    needed_from: dict[tuple[Any, ...], int] = {("tokenization",): 0, ("begin",): 0, ("embed",): 1}
+    for layer in range(1, contenders.model.exit_layers[-1] + 1):
+        needed_from["run_block", layer] = layer
+    for index, layer in enumerate(contenders.model.exit_layers):
+        needed_from["read_exit", index] = layer
+    needed = sum(seconds.get(part, 0.0) * float((depths >= least).mean()) for part, least in needed_from.items())
+    return 1000 * needed / len(texts)
+
+
+def _profile(
+    contenders: Contenders, engine: str, texts: Texts, size: int, policy: ExitPolicy
+) -> tuple[dict[tuple[Any, ...], float], float]:
+    """Seconds of every part, see `ProfiledStages`, and of all; the second of two runs."""
     model = contenders.engine(engine)
     stages = ProfiledStages(model if engine == "eager" else model.stages)
     problem, total = contenders.model.config.problem_type or "single_label_classification", 0.0
-    for warm in (True, False):
+    for _ in range(2):
         stages.seconds.clear()
         begin = time.perf_counter()
         for start in range(0, len(texts), size):
@@ -220,17 +257,12 @@ def profile(contenders: Contenders, engine: str, texts: Texts, size: int) -> dic
             encoded = contenders.encode(texts[start : start + size], None)
             count = len(encoded["input_ids"])
             rows = [{key: encoded[key][row] for key in encoded} for row in range(count)]
-            stages.seconds["tokenization"] = stages.seconds.get("tokenization", 0.0) + time.perf_counter() - at
+            stages.add(("tokenization",), at)
             with torch.no_grad():
                 state, mask = stages.begin(rows)
-                labels = contenders.model.num_labels
-                predict_with_policy(stages, state, mask, labels, contenders.policies[engine], problem)
+                predict_with_policy(stages, state, mask, contenders.model.num_labels, policy, problem)
         total = time.perf_counter() - begin
-        if not warm:
-            break
-    parts = {title: sum(stages.seconds.get(name, 0.0) for name in names) for title, names in PARTS.items()}
-    parts["criterion and loop"] = total - sum(parts.values())
-    return {title: 1000 * seconds / len(texts) for title, seconds in parts.items()}
+    return dict(stages.seconds), total
 
 
 def peak_memory(contenders: Contenders, kind: str, engine: str, texts: Texts) -> float:
