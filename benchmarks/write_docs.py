@@ -13,7 +13,7 @@ Example: python benchmarks/write_docs.py (`make docs`). To renew the records fir
     python benchmarks/lexical.py                              -> lexical.json
     python benchmarks/lexical.py --time demo-output/checkpoint -> lexical_time.json
     python benchmarks/engines.py demo-output/checkpoint       -> engines/benchmark.json as engines.json
-        (of demo --full, with --calibration-rows 2000; with --max-lost 0.75 as engines_bolder.json)
+        (of demo --full, with --calibration-rows 2000)
     python benchmarks/regroup.py --rows 1500 --rounds 2       -> regroup.json
 """
 
@@ -378,7 +378,7 @@ def main() -> None:
     criteria = load("criteria")
     write_criteria(ROOT, criteria, load("guarantee"), machine(criteria))
     write_exit_zero(ROOT, load("lexical"), load("lexical_time"), demo, machine)
-    write_engines(ROOT, load("engines"), load("engines_bolder"), load("regroup"), machine)
+    write_engines(ROOT, load("engines"), load("regroup"), machine)
     plot_tradeoff(demo, ROOT / "docs" / "images" / "tradeoff.png")
 
 
