@@ -39,6 +39,7 @@ from transformers_badge.training.fine_tune import fit, tokenize
 
 
 SEEDS, RECIPES, SPLITS = (0, 1, 2), ("joint", "converted"), 5
+LEARNED = {"learned": True, "learned_without_labels": False}  # whether labels teach the rule
 EPOCHS = {"movies": 2, "products": 3, "tweets": 3}
 MAX_TOKENS, BATCH_SIZE, LEARNING_RATE = 128, 16, 1e-4
 # Shares of a data set, anew for every seed: joint models learn from the first two; the source of a converted one from
@@ -124,17 +125,19 @@ def compare(table: ExitTable) -> dict[str, Any]:
     axis, costs, blocks = speedup_axis(table), np.asarray(table.costs), table.blocks
     policies = compared_policies(len(table.exit_layers))
     scores = {name: score_exits(table, policy) for name, policy in policies.items()}
-    lost: dict[str, list[Any]] = {name: [] for name in (*policies, "learned")}
+    lost: dict[str, list[Any]] = {name: [] for name in (*policies, *LEARNED)}
     chosen: dict[str, list[Any]] = {name: [] for name in lost}
     for seed in range(SPLITS):
         order = np.random.default_rng(seed).permutation(len(table))
         halves = order[: len(order) // 2], order[len(order) // 2 :]
         for calibrating, testing in (halves, halves[::-1]):
             learn, test = table.select(calibrating), table.select(testing)
-            rule = ExitPolicy(criterion="learned", rule=fit_rule(learn))
             scored = {name: (values[calibrating], values[testing]) for name, values in scores.items()}
-            # The threshold is chosen on scores of rows that the rule was not fitted to.
-            scored["learned"] = cross_fitted_scores(learn, seed), score_exits(test, rule)
+            for name, from_labels in LEARNED.items():
+                rule = ExitPolicy(criterion="learned", rule=fit_rule(learn, from_labels=from_labels))
+                # The threshold is chosen on scores of rows that the rule was not fitted to.
+                cross_fitted = cross_fitted_scores(learn, seed, from_labels=from_labels)
+                scored[name] = cross_fitted, score_exits(test, rule)
             right, rows = correctness(test).astype(np.float64), np.arange(len(test))
             for name, (here, there) in scored.items():
                 taken = run_thresholds(there).taken

@@ -186,6 +186,26 @@ def test_rows_to_learn_from_leave_all_rows_to_certify():
     assert policy.rule != fit_rule(table)
 
 
+@pytest.mark.parametrize(
+    ("demand", "teacher"),
+    [
+        ({"risk": "disagreement"}, "last exit"),
+        ({"risk": "error_increase"}, "labels"),
+        ({"risk": "disagreement", "min_class_accuracy": 0.5}, "labels"),
+    ],
+)
+def test_labels_teach_the_rule_where_the_demand_is_about_right_answers(demand, teacher):
+    table = made_up(800, 4)
+    halves = np.random.default_rng(0).permutation(800)
+    search = table.select(np.sort(halves[:400]))
+    rules = {"labels": fit_rule(search, from_labels=True), "last exit": fit_rule(search)}
+    assert rules["labels"] != rules["last exit"]
+    assert calibrate(table, max_risk=0.1, **demand).rule == rules[teacher]
+    # rows that may have been trained on: never the labels
+    others = made_up(1200, 4, seed=1)
+    assert calibrate(table, max_risk=0.1, learn_from=others, **demand).rule == fit_rule(others)
+
+
 def test_rows_that_are_shared_are_not_learned_from():
     table, others = with_digests(made_up(800, 4)), with_digests(made_up(1200, 4, seed=1), first=500)
     policy = calibrate(table, max_risk=0.05, learn_from=others)
@@ -234,8 +254,11 @@ def test_a_speedup_is_reached_and_its_risk_stated(risk, learning):
     for target in (1.3, 2.0, 4.0):
         policy = calibrate(table, target_speedup=target, confidence=0.9, **kwargs)
         certificate, taken = policy.certificate, replay(made_up(5000, seed=9), policy)
-        assert layer_speedup(table, taken) == pytest.approx(target, rel=0.12)
-        assert certificate["observed"]["layer_speedup"] == pytest.approx(target, rel=0.12)
+        for speedup in (layer_speedup(table, taken), certificate["observed"]["layer_speedup"]):
+            assert speedup > 0.88 * target
+            # Of what is fast enough the most accurate is taken, which may be faster still: rows can be answered better
+            # by an earlier exit. Never so where the last exit's answers count.
+            assert speedup < (1.12 if risk == "disagreement" else 1.3) * target
         assert (certificate["target_speedup"], certificate["risk"]) == (target, risk)
         certify = _halves(table, seed=0)[1]
         taken = replay(certify, policy)

@@ -112,6 +112,31 @@ def test_a_rule_needs_no_labels_and_does_not_read_them():
     assert fit_rule(table) != fit_rule(table.select(slice(0, 299)))
 
 
+@pytest.mark.parametrize("make", [made_up, made_up_several])
+def test_labels_teach_a_rule_what_a_bad_last_exit_cannot(make):
+    """The last exit is made worse than the third: the rule of the labels tells wrong answers better than its own."""
+
+    def spoiled(seed):
+        table, generator = make(2000, 4, seed=seed), np.random.default_rng(seed)
+        noise = generator.normal(0, 6, table.exit_logits[:, -1].shape)
+        return replace(table, exit_logits=np.concatenate([table.exit_logits[:, :-1], (noise)[:, None]], axis=1))
+
+    def tells_wrong(rule, table):
+        scores = score_exits(table, ExitPolicy(criterion="learned", rule=rule))[:, 2]
+        right = correctness(table)[:, 2]
+        return mannwhitneyu(scores[~right], scores[right]).statistic / ((~right).sum() * right.sum())
+
+    table, others = spoiled(0), spoiled(1)
+    labelled, unlabelled = fit_rule(table, from_labels=True), fit_rule(table)
+    assert tells_wrong(labelled, others) > 0.75
+    assert tells_wrong(unlabelled, others) < tells_wrong(labelled, others) - 0.05
+    # the control: labels that have nothing to do with the exits teach nothing
+    shuffled = replace(table, labels=np.random.default_rng(0).permutation(table.labels))
+    assert tells_wrong(fit_rule(shuffled, from_labels=True), others) < tells_wrong(labelled, others) - 0.05
+    with pytest.raises(ValueError, match="The exit table has no labels"):
+        fit_rule(replace(table, labels=None), from_labels=True)
+
+
 def test_a_rule_is_fitted_at_the_temperatures_that_it_is_for():
     table, factors = made_up(300, 4), (2.0, 0.25, 1.0, 4.0)
     hot = stretched(table, factors)

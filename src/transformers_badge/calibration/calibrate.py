@@ -75,7 +75,8 @@ def calibrate(
         per_exit: search a threshold for every exit.
         temperature: fit a temperature for every exit first.
         learn_from: rows to learn from, instead of half of the table; those that are in the table as well are left out.
-            They may be rows that the model was trained on.
+            They may be rows that the model was trained on, so that a rule is then taught by the last exit; otherwise,
+            where the demand is about right answers, by the labels.
         seed: of the split into halves.
 
     Returns:
@@ -95,7 +96,9 @@ def calibrate(
     if searching:
         search, certify = _halves(table, seed) if learn_from is None else (learn_from, table)
     if search is not None:
-        policy = _learned_parts(search, policy, temperature)
+        # Rows that were trained on say too much for the exits that know them.
+        from_labels = learn_from is None and (risk == "error_increase" or min_class_accuracy is not None)
+        policy = _learned_parts(search, policy, temperature, from_labels)
     assert policy is not None
     tried = _candidates(search, policy, demand, per_exit)
     facts = {"rows": len(certify), "rows_searched": 0 if search is None else len(search), "data": table.data,
@@ -252,20 +255,23 @@ def _halves(table: ExitTable, seed: int) -> tuple[ExitTable, ExitTable]:
     return table.select(np.sort(order[:half])), table.select(np.sort(order[half:]))
 
 
-def _learned_parts(search: ExitTable, policy: ExitPolicy | None, temperature: bool) -> ExitPolicy:
+def _learned_parts(search: ExitTable, policy: ExitPolicy | None, temperature: bool, from_labels: bool) -> ExitPolicy:
     temperatures = fit_temperatures(search) if temperature else None
+
+    def fitted() -> tuple[tuple[float, ...], ...]:
+        return fit_rule(search, temperatures, from_labels=from_labels)
+
+    def at_temperatures(policy: ExitPolicy) -> ExitPolicy:
+        """The policy, or all of its parts, with these temperatures."""
+        if policy.parts:
+            return ExitPolicy.of(policy, parts=[at_temperatures(part) for part in policy.parts])
+        if policy.criterion == "learned":  # a rule is for the temperatures that it was fitted with
+            return ExitPolicy.of(policy, rule=fitted(), temperature=temperatures)
+        return ExitPolicy.of(policy, temperature=temperatures)
+
     if policy is None:
-        return ExitPolicy(criterion="learned", rule=fit_rule(search, temperatures), temperature=temperatures)
-    return policy if temperatures is None else _with_temperature(policy, temperatures, search)
-
-
-def _with_temperature(policy: ExitPolicy, temperatures: tuple[float, ...], search: ExitTable) -> ExitPolicy:
-    """The policy, or all of its parts, with these temperatures."""
-    if policy.parts:
-        return ExitPolicy.of(policy, parts=[_with_temperature(part, temperatures, search) for part in policy.parts])
-    if policy.criterion == "learned":  # a rule is for the temperatures that it was fitted with
-        return ExitPolicy.of(policy, rule=fit_rule(search, temperatures), temperature=temperatures)
-    return ExitPolicy.of(policy, temperature=temperatures)
+        return ExitPolicy(criterion="learned", rule=fitted(), temperature=temperatures)
+    return policy if temperatures is None else at_temperatures(policy)
 
 
 def _candidates(search: ExitTable | None, policy: ExitPolicy, demand: Demand, per_exit: bool) -> list[Thresholds]:

@@ -21,34 +21,39 @@ _SHARED, _DEPARTURE, _CONSTANT = 1.0, 10.0, 1.0
 _POOL_PENALTY = 1e-3  # of the squared weights of exits in the pool, beside the mean log loss
 
 
-def fit_rule(table: ExitTable, temperature: float | tuple[float, ...] | None = None) -> tuple[tuple[float, ...], ...]:
+def fit_rule(
+    table: ExitTable, temperature: float | tuple[float, ...] | None = None, *, from_labels: bool = False
+) -> tuple[tuple[float, ...], ...]:
     """Fit the learned criterion: at every exit but the last a logistic regression on the features of the exits so far.
 
-    What it predicts is by how much less probable the last exit holds this exit's answer than its own. That is 0 where
-    they agree, and little where the last exit is torn itself, so that it says more than a count of disagreements. No
-    labels are needed: the last exit is the teacher. Exits share most of their rule, which keeps it sound where few rows
-    disagree.
+    What it predicts is by how much less probable a teacher holds this exit's answer than the teacher's own. That is 0
+    where they agree, and little where the teacher is torn itself, so that it says more than a count of disagreements.
+    No labels are needed: the last exit is the teacher. Where answers are to be right rather than the last exit's, all
+    exits together are the better one, weighted as the labels teach (see `expected_correctness`). Exits share most of
+    their rule, which keeps it sound where few rows disagree.
 
     Args:
-        table: rows like those to come. They may have been trained on.
+        table: rows like those to come. They may have been trained on, if the last exit is the teacher.
         temperature: of the policy that the rule is for.
+        from_labels: all exits together are the teacher.
 
     Returns:
         `ExitPolicy.rule`: (exits - 1, features + 1).
 
     Raises:
-        ValueError: the model has one exit only.
+        ValueError: the model has one exit only, or labels are missing that the rule is to be taught by.
     """
     probabilities = exit_probabilities(table.exit_logits, table.problem_type, temperature)
     exits, classes = probabilities.shape[-2:]
     if exits < 2:
         raise ValueError("The model has one exit only: there is nothing to learn, and nowhere to leave early.")
     pairs = probabilities.reshape(-1, exits, classes)  # a row of several labels asks several questions
-    last, each = pairs[:, -1], np.arange(len(pairs))
+    teacher = (_pooled(probabilities, _truth(table)) if from_labels else probabilities[..., -1, :]).reshape(-1, classes)
+    each = np.arange(len(pairs))
     features, goals = [], []
     for index in range(exits - 1):
         features.append(rule_features(pairs[:, : index + 1]))
-        goals.append(last.max(axis=-1) - last[each, pairs[:, index].argmax(axis=-1)])
+        goals.append(teacher.max(axis=-1) - teacher[each, pairs[:, index].argmax(axis=-1)])
     center, spread = np.mean(features, axis=(0, 1)), np.std(features, axis=(0, 1))
     spread = np.where(spread < 1e-9, 1.0, spread)  # a feature that never changes gets no weight
     inputs = [(part - center) / spread for part in features]
@@ -121,13 +126,26 @@ def expected_correctness(table: ExitTable) -> Array:
     Raises:
         ValueError: the table has no labels.
     """
+    pooled = _pooled(exit_probabilities(table.exit_logits, table.problem_type), _truth(table))
+    given = answers(table).astype(int)
+    several = table.problem_type == "multi_label_classification"
+    asked = np.moveaxis(given, -1, 1) if several else given[:, None]  # (rows, questions, exits)
+    return np.asarray(np.take_along_axis(pooled, asked, axis=-1).prod(axis=1))
+
+
+def _truth(table: ExitTable) -> Array:
+    """What the labels hold probable: (rows, questions, classes), 0 or 1; questions as in `exit_probabilities`."""
     if table.labels is None:
         raise ValueError("The exit table has no labels: make it from rows that have them.")
-    # (rows, questions, exits, classes), as the criteria have it.
-    logs = np.log(np.maximum(exit_probabilities(table.exit_logits, table.problem_type), 1e-12))
-    several = table.problem_type == "multi_label_classification"
-    labels, given = np.asarray(table.labels, dtype=int), answers(table).astype(int)
-    truth = np.eye(logs.shape[-1])[labels if several else labels[:, None]]
+    labels = np.asarray(table.labels, dtype=int)
+    if table.problem_type == "multi_label_classification":
+        return np.asarray(np.eye(2)[labels])
+    return np.asarray(np.eye(table.exit_logits.shape[-1])[labels[:, None]])
+
+
+def _pooled(probabilities: Array, truth: Array) -> Array:
+    """What all exits together hold probable: from (rows, questions, exits, classes) to (rows, questions, classes)."""
+    logs = np.log(np.maximum(probabilities, 1e-12))
 
     def loss(weights: Array) -> tuple[float, Array]:
         pooled = log_softmax(np.einsum("nqec,e->nqc", logs, weights), axis=-1)
@@ -137,6 +155,4 @@ def expected_correctness(table: ExitTable) -> Array:
 
     exits = logs.shape[2]
     weights = minimize(loss, np.full(exits, 1 / exits), jac=True, method="L-BFGS-B").x
-    pooled = softmax(np.einsum("nqec,e->nqc", logs, weights), axis=-1)
-    asked = np.moveaxis(given, -1, 1) if several else given[:, None]  # (rows, questions, exits)
-    return np.asarray(np.take_along_axis(pooled, asked, axis=-1).prod(axis=1))
+    return np.asarray(softmax(np.einsum("nqec,e->nqc", logs, weights), axis=-1))

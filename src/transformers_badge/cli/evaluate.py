@@ -72,9 +72,9 @@ def _time(model: Any, tokenizer: Any, rows: Any, table: Any) -> dict[str, Any]:
 
     policies = compared_policies(len(model.exit_layers))
     stored = model.config.exit_policy
-    policies["learned"] = (
-        stored if stored.criterion == "learned" else ExitPolicy(criterion="learned", rule=fit_rule(table))
-    )
+    if stored.criterion != "learned":
+        stored = ExitPolicy(criterion="learned", rule=fit_rule(table, from_labels=table.labels is not None))
+    policies["learned"] = stored
     columns = [column[:TIMED_ROWS] for column in rows.columns]
     limit, device = token_limit(model, tokenizer), getattr(model, "device", "cpu")
     batches = [

@@ -39,12 +39,16 @@ def compared_policies(exits: int) -> dict[str, ExitPolicy]:
     return {name: ExitPolicy.of({"criterion": name, **fields}) for name, fields in dials.items()}
 
 
-def cross_fitted_scores(table: ExitTable, seed: int = 0) -> Array:
-    """Scores of the learned criterion, (rows, exits), each row's by a rule that was fitted to the other half."""
+def cross_fitted_scores(table: ExitTable, seed: int = 0, *, from_labels: bool = False) -> Array:
+    """Scores of the learned criterion, (rows, exits), each row's by a rule that was fitted to the other half.
+
+    Args:
+        from_labels: as in `fit_rule`.
+    """
     half = np.random.default_rng(seed).permutation(len(table)) % 2 == 0
     scores = np.empty(table.exit_logits.shape[:2])
     for part in (half, ~half):
-        rule = fit_rule(table.select(~part))
+        rule = fit_rule(table.select(~part), from_labels=from_labels)
         scores[part] = score_exits(table.select(part), ExitPolicy(criterion="learned", rule=rule))
     return scores
 

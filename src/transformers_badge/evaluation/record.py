@@ -61,7 +61,7 @@ def evaluate_table(table: ExitTable, policy: ExitPolicy, texts: Sequence[Any] | 
     if policy.criterion == "learned":
         scores["learned"] = score_exits(table, policy)
     elif len(table.exit_layers) > 1 and len(table) > 1:
-        scores["learned"] = cross_fitted_scores(table)
+        scores["learned"] = cross_fitted_scores(table, from_labels=table.labels is not None)
     record: dict[str, Any] = {
         "date": datetime.now(UTC).date().isoformat(),
         "rows": len(table),
