@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from transformers_badge.inference.exit_logits import digest_model
-from transformers_badge.inference.named_stages import ARGUMENTS, EMBEDDING, NamedStages, NamedState, exit_stage
+from transformers_badge.inference.named_stages import ARGUMENTS, NamedStages, NamedState, exit_stage
 from transformers_badge.inference.predictor import PredictorConfig
 from transformers_badge.inference.stage_modules import (
     Arguments,
     BlocksAndExit,
-    Embedding,
+    FirstBlocksAndExit,
     block_arguments,
     name_arguments,
 )
@@ -47,17 +47,17 @@ class CompiledStages(NamedStages):
             embedded = model.embed(BlockState(inputs, mask, None))
             arguments = block_arguments(model, embedded.hidden_states, mask, embedded.position_ids)
         self._arguments = list(name_arguments(arguments))
-        stages: dict[str, nn.Module] = {EMBEDDING: Embedding(model), ARGUMENTS: Arguments(model)}
-        for index, layer in enumerate(model.exit_layers):
-            if layer > 0:
-                stages[exit_stage(layer)] = BlocksAndExit(model, index, arguments)
-        self._takes = {
-            name: {
-                EMBEDDING: ("input_ids", "attention_mask", "token_type_ids"),
-                ARGUMENTS: ("hidden_states", "attention_mask", "position_ids"),
-            }.get(name, ("hidden_states", "attention_mask", "bypass_state", "lexical_logits"))
-            for name in stages
-        }
+        first, *others = [index for index, layer in enumerate(model.exit_layers) if layer > 0]
+        stages: dict[str, nn.Module] = {exit_stage(model.exit_layers[first]): FirstBlocksAndExit(model, first)}
+        takes = ("input_ids", "attention_mask", "token_type_ids", "lexical_logits")
+        self._takes: dict[str, tuple[str, ...]] = dict.fromkeys(stages, takes)
+        if others:
+            stages[ARGUMENTS] = Arguments(model)
+            self._takes[ARGUMENTS] = ("hidden_states", "attention_mask", "position_ids")
+        for index in others:
+            name = exit_stage(model.exit_layers[index])
+            stages[name] = BlocksAndExit(model, index, arguments)
+            self._takes[name] = ("hidden_states", "attention_mask", "bypass_state", "lexical_logits")
         self._stages = {name: torch.compile(stage, dynamic=True, backend=backend) for name, stage in stages.items()}
 
     def compile(self) -> "CompiledStages":

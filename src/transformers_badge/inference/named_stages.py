@@ -1,6 +1,6 @@
-"""Stages that an engine runs by name: "embed", "arguments", and one per exit with the blocks up to it.
+"""Stages that an engine runs by name: one per exit with the blocks up to it, and "arguments".
 
-Exit 0, which needs no block, is none of these.
+The embedding belongs to the stage of the first exit. Exit 0, which needs no block, is none of these.
 
 What an engine has to bring is how it runs a stage, and a few operations on its kind of arrays. Needs no torch.
 """
@@ -16,11 +16,11 @@ from transformers_badge.model.rows_badge import pad_rows
 
 Array = np.ndarray[Any, np.dtype[Any]]
 # Arrays of the rows that are inside, by the names that the stages give them: input_ids and token_type_ids until they
-# are embedded, attention_mask, position_ids, hidden_states, bypass_state, lexical_logits, logits of the last exit.
+# are embedded, attention_mask, position_ids, hidden_states, bypass_state, lexical_logits, logits of the exit before.
 NamedState = dict[str, Any]
 
 _PER_TOKEN = ("input_ids", "token_type_ids", "attention_mask", "position_ids")  # and whatever has three axes
-EMBEDDING, ARGUMENTS = "embed", "arguments"
+ARGUMENTS = "arguments"
 
 
 def argument(index: int) -> str:
@@ -29,13 +29,14 @@ def argument(index: int) -> str:
 
 
 def exit_stage(layer: int) -> str:
-    """The blocks since the exit before, and the exit of this depth."""
+    """The blocks since the exit before, or the embedding and the first blocks, and the exit of this depth."""
     return f"exit_{layer}"
 
 
 def stage_names(exit_layers: Sequence[int]) -> list[str]:
-    """The stages, in the order in which they run."""
-    return [EMBEDDING, ARGUMENTS, *[exit_stage(layer) for layer in exit_layers if layer > 0]]
+    """All the stages, in the order in which they are first of use."""
+    first, *others = [exit_stage(layer) for layer in exit_layers if layer > 0]
+    return [first, ARGUMENTS, *others] if others else [first]
 
 
 class NamedStages(ABC):
@@ -90,13 +91,15 @@ class NamedStages(ABC):
         return state
 
     def embed(self, state: NamedState) -> NamedState:
-        """The rows as the first block takes them."""
-        embedded = self.run(EMBEDDING, state)
-        return {name: array for name, array in embedded.items() if name not in ("input_ids", "token_type_ids")}
+        """The rows as they are: one run fewer takes them through the embedding together with the first blocks."""
+        return state
 
     def run_block(self, layer: int, state: NamedState) -> NamedState:
         """Blocks run in one go up to the next exit."""
-        return self.run(exit_stage(layer), state) if layer in self.exit_layers else state
+        if layer not in self.exit_layers:
+            return state
+        state = self.run(exit_stage(layer), state)
+        return {name: array for name, array in state.items() if name not in ("input_ids", "token_type_ids")}
 
     def read_exit(self, exit_index: int, state: NamedState) -> Any:
         """Logits (rows, labels), which came with the blocks."""

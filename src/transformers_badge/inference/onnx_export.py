@@ -17,13 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from transformers_badge.inference.named_stages import ARGUMENTS, EMBEDDING, argument, exit_stage
+from transformers_badge.inference.named_stages import ARGUMENTS, argument, exit_stage
 from transformers_badge.inference.onnx_stages import GRAPH, LEXICAL, RENEWED, OnnxStages, import_onnxruntime
 from transformers_badge.inference.predictor import FORMAT, MANIFEST, digest_file
 from transformers_badge.inference.stage_modules import (
     Arguments,
     BlocksAndExit,
-    Embedding,
+    FirstBlocksAndExit,
     block_arguments,
     name_arguments,
 )
@@ -142,9 +142,9 @@ def _hashing(config: Any) -> dict[str, Any] | None:
 
 @torch.no_grad()
 def _trace_stages(model: Any) -> dict[str, Any]:
-    """A graph for every stage, by name, in the order in which they run.
+    """A graph for every stage, by name.
 
-    What one of them hands on is what the next is traced with.
+    What the stage of an exit hands on is what the next is traced with.
     """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.get_text_config().vocab_size, (_ROWS, _TOKENS), generator=generator)
@@ -167,12 +167,14 @@ def _trace_stages(model: Any) -> dict[str, Any]:
 
     if model.config.lexical_exit:
         state["lexical_logits"] = model.exits[0](ids, mask)
-    trace(EMBEDDING, Embedding(model), "input_ids", "attention_mask", "token_type_ids")
-    trace(ARGUMENTS, Arguments(model), "hidden_states", "attention_mask", "position_ids")
-    for index, layer in enumerate(model.exit_layers):
-        if layer > 0:
-            takes = ("hidden_states", "attention_mask", "bypass_state", "lexical_logits")
-            trace(exit_stage(layer), BlocksAndExit(model, index, arguments), *takes)
+    first, *others = [index for index, layer in enumerate(model.exit_layers) if layer > 0]
+    takes = ("input_ids", "attention_mask", "token_type_ids", "lexical_logits")
+    trace(exit_stage(model.exit_layers[first]), FirstBlocksAndExit(model, first), *takes)
+    if others:
+        trace(ARGUMENTS, Arguments(model), "hidden_states", "attention_mask", "position_ids")
+    for index in others:
+        takes = ("hidden_states", "attention_mask", "bypass_state", "lexical_logits")
+        trace(exit_stage(model.exit_layers[index]), BlocksAndExit(model, index, arguments), *takes)
     return traced
 
 

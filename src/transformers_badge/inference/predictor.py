@@ -22,7 +22,7 @@ from transformers_badge.model.stream_badge import READ_AHEAD, StreamedRow, strea
 Array = np.ndarray[Any, np.dtype[Any]]
 
 MANIFEST = "onnxruntime.json"
-FORMAT = 2
+FORMAT = 3
 ENGINES = ("onnxruntime", "compiled")
 
 
@@ -209,13 +209,14 @@ class BadgePredictor:
         for name, value in (("attention_mask", mask), ("token_type_ids", token_type_ids)):
             if value is not None and np.shape(value) != ids.shape:
                 raise ValueError(f"{name} must have the shape {ids.shape} of input_ids, got {np.shape(value)}.")
-        if not ((mask == 0) | (mask == 1)).all():
+        tokens = mask > 0
+        if not (mask == tokens).all():
             raise ValueError("attention_mask must hold only 0 (padding) and 1 (token).")
-        empty = np.flatnonzero(~(mask > 0).any(axis=1))
-        if empty.size:
-            raise ValueError(f"attention_mask is all zero in row {empty[0]}: every row needs at least one token.")
+        if not tokens.any(axis=1).all():
+            row = tokens.any(axis=1).argmin()
+            raise ValueError(f"attention_mask is all zero in row {row}: every row needs at least one token.")
         types = None if token_type_ids is None else np.asarray(token_type_ids, np.int64)
-        return ids.astype(np.int64), mask.astype(np.int64), types
+        return ids.astype(np.int64, copy=False), mask.astype(np.int64, copy=False), types
 
 
 @dataclass

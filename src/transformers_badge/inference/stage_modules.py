@@ -1,6 +1,7 @@
 """The stages of a model as modules that take and return tensors by name: what engines trace or compile."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,21 +10,30 @@ from transformers_badge.inference.named_stages import argument
 from transformers_badge.model.outputs_badge import BlockState
 
 
-class Embedding(nn.Module):
-    """The rows before the first block."""
+class FirstBlocksAndExit(nn.Module):
+    """The embedding, the blocks up to the first exit that has any before it, and that exit."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, exit_index: int) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.exit_index = model, exit_index
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        token_type_ids: Tensor,
+        lexical_logits: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """From (rows, tokens), int64."""
         inputs = {"input_ids": input_ids, "inputs_embeds": None, "token_type_ids": token_type_ids}
-        state = self.model.embed(BlockState(inputs, attention_mask, None))
+        state = self.model.embed(BlockState(inputs, attention_mask, None, lexical_logits))
         # One row of positions can stand for all: here each has its own, as when rows were dropped and merged.
         positions = None if state.position_ids is None else state.position_ids.expand(input_ids.shape)
         made = block_arguments(self.model, state.hidden_states, attention_mask, positions)
-        return {**present(hidden_states=state.hidden_states, position_ids=positions), **name_arguments(made)}
+        outputs = run_to_exit(self.model, self.exit_index, replace(state, position_ids=positions, block_arguments=made))
+        if "hidden_states" not in outputs:
+            return outputs
+        return {**outputs, **present(position_ids=positions), **name_arguments(made)}
 
 
 class Arguments(nn.Module):
@@ -62,16 +72,21 @@ class BlocksAndExit(nn.Module):
         lexical_logits: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """As in `BlockState`; arguments in the order of `name_arguments`."""
-        model, layers = self.model, self.model.exit_layers
         made = _fill(self.structure, iter(arguments))
         state = BlockState({}, attention_mask, None, lexical_logits, hidden_states, bypass_state, None, made)
-        first = layers[self.exit_index - 1] + 1 if self.exit_index else 1
-        for layer in range(first, layers[self.exit_index] + 1):
-            state = model.run_block(layer, state)
-        logits = model.read_exit(self.exit_index, state)
-        if self.exit_index == len(layers) - 1:
-            return {"logits": logits}
-        return present(hidden_states=state.hidden_states, bypass_state=state.bypass_state, logits=logits)
+        return run_to_exit(self.model, self.exit_index, state)
+
+
+def run_to_exit(model: Any, exit_index: int, state: BlockState) -> dict[str, Tensor]:
+    """Run the blocks since the exit before, and read the exit: its logits, and what the next blocks go on with."""
+    layers = model.exit_layers
+    first = layers[exit_index - 1] + 1 if exit_index else 1
+    for layer in range(first, layers[exit_index] + 1):
+        state = model.run_block(layer, state)
+    logits = model.read_exit(exit_index, state)
+    if exit_index == len(layers) - 1:
+        return {"logits": logits}
+    return present(hidden_states=state.hidden_states, bypass_state=state.bypass_state, logits=logits)
 
 
 def block_arguments(model: Any, hidden_states: Any, attention_mask: Tensor, position_ids: Any) -> dict[str, Any]:

@@ -31,14 +31,18 @@ def rule_features(probabilities: Array) -> Array:
 
     At the first exit the features of earlier exits are 0. Where a probability of any exit is NaN, features are NaN.
     """
-    predicted = probabilities.argmax(axis=-1)
-    here = np.arange(probabilities.shape[-1]) == predicted[..., -1:, None]
-    own = _within((probabilities * here).sum(axis=-1), _LEAST, 1 - _LEAST)  # of the class predicted here
+    earlier = probabilities.shape[-2] - 1
+    if earlier:
+        predicted = probabilities.argmax(axis=-1)
+        here = np.arange(probabilities.shape[-1]) == predicted[..., -1:, None]
+        own = (probabilities * here).sum(axis=-1)  # of the class predicted here
+    else:
+        own = probabilities.max(axis=-1)
+    own = _within(own, _LEAST, 1 - _LEAST)
     odds = np.log(own / (1 - own))
     features = np.zeros((*odds.shape[:-1], len(FEATURES)))
     features[..., 0] = odds[..., -1]
     features[..., 1] = np.sqrt(np.maximum(odds[..., -1], 0))
-    earlier = odds.shape[-1] - 1
     if earlier:
         features[..., 2] = odds[..., -2]
         features[..., 3] = odds[..., :-1].sum(axis=-1) / earlier

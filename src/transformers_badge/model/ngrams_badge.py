@@ -33,17 +33,20 @@ def ngram_buckets(
     """
     words = np.ones(input_ids.shape, dtype=bool) if attention_mask is None else attention_mask > 0
     for ignored in ignored_ids:
-        words = words & (input_ids != ignored)
+        words &= input_ids != ignored
     starts = words.copy()
-    starts[:, 1:] &= ~words[:, :-1]
-    found, width = [], input_ids.shape[1]
-    hashed, whole = (starts.cumsum(axis=1) - 1) * MULTIPLIERS[1], words
+    np.greater(words[:, 1:], words[:, :-1], out=starts[:, 1:])
+    width = input_ids.shape[1]
+    # The number of a token's segment, from 1; s in the hash is from 0.
+    hashed, whole = starts.cumsum(axis=1) * MULTIPLIERS[1], words
+    sums, found = [], []
     for n in range(1, min(ngrams, width) + 1):
         # One more token at the end: column i is the n-gram that starts with token i.
         hashed = hashed[:, : width - n + 1] + input_ids[:, n - 1 :] * MULTIPLIERS[n + 1]
-        whole = whole[:, : width - n + 1] & words[:, n - 1 :]
-        found.append((1 + (hashed + n * MULTIPLIERS[0]) % PRIME % (buckets - 1)) * whole)
-    return np.concatenate(found, axis=1)
+        whole = whole[:, : width - n + 1] & words[:, n - 1 :] if n > 1 else words
+        sums.append(hashed + (n * MULTIPLIERS[0] - MULTIPLIERS[1]))
+        found.append(whole)
+    return (1 + np.concatenate(sums, axis=1) % PRIME % (buckets - 1)) * np.concatenate(found, axis=1)
 
 
 def ngram_logits(buckets: Array, weight: Array, bias: Array) -> Array:
@@ -51,5 +54,5 @@ def ngram_logits(buckets: Array, weight: Array, bias: Array) -> Array:
 
     Bucket 0, which is no n-gram, must weigh 0.
     """
-    count = np.count_nonzero(buckets, axis=1, keepdims=True)
-    return np.asarray(bias + weight[buckets].sum(axis=1) / np.sqrt(np.maximum(count, 1)).astype(weight.dtype))
+    count = np.maximum((buckets > 0).sum(axis=1, keepdims=True), 1)
+    return np.asarray(bias + weight[buckets].sum(axis=1) / np.sqrt(count).astype(weight.dtype))

@@ -90,13 +90,16 @@ def _checked_tokens(index: int, row: Any, vocab_size: int, max_tokens: int) -> d
         if len(column) != length:
             raise ValueError(f"Row {index} has {length} input_ids, but {len(column)} {name}.")
     mask = columns.pop("attention_mask", np.ones(length, dtype=np.int64))
-    if not np.isin(mask, (0, 1)).all():
+    tokens = mask > 0
+    if not (mask == tokens).all():
         raise ValueError(f"attention_mask of row {index} must hold only 0 (padding) and 1 (token).")
-    if not mask.any():
+    if not tokens.any():
         raise ValueError(f"Row {index} has no tokens: a text needs at least one, its special tokens included.")
-    used = token_columns(mask[None] > 0)
-    columns = {name: column[used] for name, column in columns.items()}
-    ids, mask = columns["input_ids"], mask[used]
+    if not tokens.all():
+        used = token_columns(tokens[None])
+        columns = {name: column[used] for name, column in columns.items()}
+        mask = mask[used]
+    ids = columns["input_ids"]
     if len(ids) > max_tokens:
         raise ValueError(
             f"Row {index} has {len(ids)} tokens, but this encoder takes at most {max_tokens}: "
@@ -107,7 +110,7 @@ def _checked_tokens(index: int, row: Any, vocab_size: int, max_tokens: int) -> d
             f"input_ids of row {index} must be in [0, {vocab_size}), the encoder's vocabulary, got "
             f"{ids.min() if ids.min() < 0 else ids.max()}: use the tokenizer that belongs to this encoder."
         )
-    if not mask.all():
+    if not mask.all():  # there are gaps
         columns["attention_mask"] = mask
     return {name: column.tolist() for name, column in columns.items()}
 
