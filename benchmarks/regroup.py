@@ -8,7 +8,7 @@ of reviews. Contenders take turns on the same rows, which are tokenized already:
     shrinking           early_exit_predict on batches in the order of arrival
     shrinking, sorted   early_exit_predict on batches of all rows sorted by length
 
-Example: python benchmarks/regroup.py --output-dir bench-output --rows 1000
+Example: python benchmarks/regroup.py --output-dir bench-output --rows 1000 --rounds 2
 """
 
 import argparse
@@ -108,6 +108,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--device", default="cpu")
+    names = ("regrouped", "regrouped, sorted", "shrinking", "shrinking, sorted")
+    parser.add_argument("--contender", choices=names, action="append", help="Repeat for several. Default: all.")
     arguments = parser.parse_args()
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
 
@@ -116,12 +118,13 @@ def main() -> None:
     blocks, size = model.config.num_hidden_layers, arguments.batch_size
     rows, depths = make_rows(arguments.rows, blocks, model.config.encoder_config.vocab_size)
     arrival = list(range(len(rows)))
-    calls: dict[str, Callable[[], np.ndarray]] = {
+    every: dict[str, Callable[[], np.ndarray]] = {
         "regrouped": lambda: regrouped(model, rows, arrival, size, in_order=True),
         "regrouped, sorted": lambda: regrouped(model, rows, by_length(rows), size, in_order=False),
         "shrinking": lambda: shrinking(model, rows, arrival, size),
         "shrinking, sorted": lambda: shrinking(model, rows, by_length(rows), size),
     }
+    calls = {name: call for name, call in every.items() if name in (arguments.contender or names)}
     work: dict[str, dict[str, float]] = {}
 
     def contender(name: str) -> Callable[[], None]:
@@ -133,8 +136,11 @@ def main() -> None:
 
         return call
 
-    with tqdm(total=arguments.rounds + 1, unit="round") as bar:
-        timings = time_in_turns({name: contender(name) for name in calls}, arguments.rounds, on_round=bar.update)
+    shrinking(model, rows, arrival[: 4 * size], size)  # warm-up
+    with tqdm(total=arguments.rounds, unit="round") as bar:
+        timings = time_in_turns(
+            {name: contender(name) for name in calls}, arguments.rounds, warmups=0, on_round=bar.update
+        )
     needed = sum(len(row["input_ids"]) * int(depth) for row, depth in zip(rows, depths, strict=True))
     record = {
         "machine": describe_machine(),
@@ -155,8 +161,9 @@ def main() -> None:
         },
         "wall_clock_speedup": {
             f"{one} over {other}": timings.speedup(one, other)
-            for one in ("regrouped", "regrouped, sorted")
-            for other in ("shrinking", "shrinking, sorted")
+            for one in names[:2]
+            for other in names[2:]
+            if one in calls and other in calls
         },
     }
     (arguments.output_dir / "regroup.json").write_text(json.dumps(record, indent=2) + "\n")
