@@ -21,7 +21,11 @@ def write_engines(
         [
             "The checkpoint of `make demo DEMO_ARGS=--full` (MiniLM, 6 blocks, exit 0, movie reviews) and its test rows in the order of arrival, padded to the longest of each batch. The threshold is, for each "
             f"engine, the fastest that is expected to lose at most {record['max_lost']:g} points of accuracy, as 2,000 other rows have it. `python benchmarks/engines.py demo-output/checkpoint --calibration-rows 2000` on {machine(record)}, ONNX Runtime "
-            f"{record['machine']['onnxruntime']}; {record['timed_rows']} timed rows.",
+            f"{record['machine']['onnxruntime']}; "
+            + ", ".join(
+                f"{entry['rows']} rows" + f" at batch size {size}" for size, entry in record["batch_sizes"].items()
+            )
+            + " are timed.",
             "![milliseconds per row, by engine and batch size](images/engines.png)",
             render_benchmark(record),
         ]

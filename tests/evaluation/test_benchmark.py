@@ -35,8 +35,10 @@ def test_the_policy_chosen_is_the_fastest_that_loses_no_more_than_allowed(table)
 def test_one_exit_is_as_deep_as_early_exit_or_deeper(table):
     entry = measure_policy(table, ExitPolicy())
     assert (entry["truncated_depth"], entry["truncated"], entry["layer_speedup"]) == (4, 100, 1)
+    assert (entry["deeper_depth"], entry["deeper"]) == (4, 100)
     everyone = measure_policy(table, ExitPolicy(criterion="fixed_depth", threshold=1.0))
     assert (everyone["truncated_depth"], everyone["truncated"]) == (1, pytest.approx(90))
+    assert (everyone["deeper_depth"], everyone["deeper"]) == (2, 100)
 
 
 @pytest.fixture
@@ -60,6 +62,11 @@ def test_contenders_stop_where_they_say(contenders, monkeypatch):
         depths.clear()
         contenders.truncated_at["eager"] = exit_index
         assert len(contenders.run("truncated", "eager")(texts, 4)) == 1
+        assert depths == expected
+    for exit_index, expected in ((0, [1]), (1, [1, 2]), (2, [1, 2])):
+        depths.clear()
+        contenders.truncated_at["eager"] = exit_index
+        contenders.run("deeper", "eager")(texts, 4)
         assert depths == expected
     depths.clear()
     assert len(contenders.run("nobody leaves", "eager")(texts, 2)) == 2

@@ -14,10 +14,12 @@ ENGINE_NAMES = {
     "compiled": "torch.compile",
     "fp32": "ONNX Runtime fp32",
     "int8": "ONNX Runtime int8",
+    "bf16": "torch.compile bf16",
 }
 _KINDS = {
     "full": "full model",
     "truncated": "stopping at one exit",
+    "deeper": "stopping at the next exit",
     "early exit": "**early exit**",
     "stream": "**early exit, streamed**",
     "nobody leaves": "every exit, nobody leaves",
@@ -47,7 +49,14 @@ def render_benchmark(record: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             _table(
-                ["engine", f"{record['measure']} at full depth", "with early exit", "layer speedup", "at one exit"],
+                [
+                    "engine",
+                    f"{record['measure']} at full depth",
+                    "with early exit",
+                    "layer speedup",
+                    "at one exit",
+                    "at the next",
+                ],
                 [
                     [
                         ENGINE_NAMES[engine],
@@ -55,6 +64,7 @@ def render_benchmark(record: dict[str, Any]) -> str:
                         f"{entry['early_exit']:.2f} %",
                         f"{entry['layer_speedup']:.2f}x",
                         f"{entry['truncated']:.2f} % (block {entry['truncated_depth']})",
+                        f"{entry['deeper']:.2f} % (block {entry['deeper_depth']})",
                     ]
                     for engine, entry in record["engines"].items()
                 ],
@@ -119,6 +129,8 @@ def ratios(record: dict[str, Any]) -> list[tuple[str, str]]:
             (f"{ours} over {PIPELINE}", f"early exit {name} over transformers' pipeline"),
             (f"{ours} over full, {engine}", f"early exit {name} over the full model there"),
             (f"{ours} over truncated, {engine}", f"early exit {name} over stopping at one exit there"),
+            (f"{ours} over deeper, {engine}", f"early exit {name} over stopping at the next exit there"),
+            (f"stream, {engine} over full, {engine}", f"streamed {name} over the full model there"),
             (f"stream, {engine} over {ours}", f"streamed over batch by batch, {name}"),
             (f"cost of exits, {engine}", f"time of nobody leaving over the full model, {name}"),
             (f"arrives, {ours}", f"ideal time over time, {name}"),

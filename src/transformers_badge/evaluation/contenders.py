@@ -1,5 +1,6 @@
 """What a benchmark compares: full models and early exit, on every engine, from texts to logits."""
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -21,9 +22,9 @@ from transformers_badge.model.policy_badge import ExitPolicy
 Texts = Sequence[str] | Sequence[tuple[str, ...]]
 Run = Callable[[Texts, int], list[float]]  # texts and batch size to the seconds of every batch
 
-# fp32 and int8 in ONNX Runtime.
-ENGINES = ("eager", "fp32", "int8", "compiled")
-KINDS = ("full", "early exit", "stream", "truncated", "nobody leaves")
+COMPILED = {"compiled": "fp32", "bf16": "bf16"}  # by torch.compile, and the precision
+# fp32 and int8 in ONNX Runtime; bf16 is compiled, for processors that have it.
+ENGINES = ("eager", "fp32", "int8", "compiled", "bf16")
 
 
 class FullModel(nn.Module):
@@ -42,7 +43,8 @@ class FullModel(nn.Module):
 class Contenders:
     """Makes contenders of one checkpoint by name; each part is made when it is first needed.
 
-    The full models have the same encoder and no exits. A truncated one stops at one exit, whatever it says.
+    The full models have the same encoder and no exits. A truncated one stops at one exit, whatever it says; "deeper"
+    stops at the next one.
 
     Args:
         checkpoint: a BADGE checkpoint.
@@ -80,8 +82,10 @@ class Contenders:
     def engine(self, name: str) -> Any:
         """A model or predictor."""
         if name not in self._engines:
-            if name == "compiled":
-                self._engines[name] = BadgePredictor.from_pretrained(self.checkpoint, engine="compiled")
+            if name in COMPILED:
+                self._engines[name] = BadgePredictor.from_pretrained(
+                    self.checkpoint, engine="compiled", precision=COMPILED[name]
+                )
             else:
                 export = self.folder / f"ours-{name}"
                 if not export.exists():
@@ -110,7 +114,8 @@ class Contenders:
         model, tensors = self.engine(engine), "pt" if engine == "eager" else "np"
         policy = {
             "early exit": lambda: self.policies[engine],
-            "truncated": lambda: self._stop_at(engine),
+            "truncated": lambda: self._stop_at(self.truncated_at[engine]),
+            "deeper": lambda: self._stop_at(min(self.truncated_at[engine] + 1, len(self.model.exit_layers) - 1)),
             "nobody leaves": ExitPolicy,
         }[kind]()
         return self._batches(lambda batch: model.early_exit_predict(**batch, policy=policy), tensors)
@@ -136,7 +141,10 @@ class Contenders:
         if engine in ("fp32", "int8"):
             session = self._session(engine)
             return lambda batch: session.run(None, {key: v.astype(np.int64) for key, v in batch.items()}), "np"
-        plain = torch.compile(self.plain, dynamic=True) if engine == "compiled" else self.plain
+        plain = self.plain
+        if engine in COMPILED:
+            plain = copy.deepcopy(plain).bfloat16() if engine == "bf16" else plain
+            plain = torch.compile(plain, dynamic=True)
 
         def predict(batch: Any) -> Any:
             with torch.no_grad():
@@ -178,9 +186,8 @@ class Contenders:
         self.plain.set_attn_implementation("sdpa")
         quantize_dynamic(fp32, int8, weight_type=QuantType.QInt8, per_channel=True, op_types_to_quantize=["MatMul"])
 
-    def _stop_at(self, engine: str) -> ExitPolicy:
+    def _stop_at(self, stop: int) -> ExitPolicy:
         """Everybody leaves at one exit, and none before."""
-        stop = self.truncated_at[engine]
         thresholds = [None] * stop + [1.0] * (len(self.model.exit_layers) - stop)
         return ExitPolicy(criterion="fixed_depth", threshold=tuple(thresholds))
 
