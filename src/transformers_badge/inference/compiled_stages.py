@@ -27,6 +27,7 @@ from transformers_badge.model.outputs_badge import BlockState
 Array = np.ndarray[Any, np.dtype[Any]]
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_MANY = 100_000
 
 
 class CompiledStages(NamedStages):
@@ -67,9 +68,8 @@ class CompiledStages(NamedStages):
         taken = {size for tensor in self._model.state_dict().values() for size in tensor.shape}
         taken |= {value for value in self._model.config.encoder_config.to_dict().values() if isinstance(value, int)}
         several, tokens = [size for size in range(2, len(taken) + 4) if size not in taken][:2]
-        # Stages share code, and torch gives up on code that it has compiled eight times.
-        limit = 2 * (len(self._stages) + 1)
-        with torch._dynamo.config.patch(recompile_limit=limit):
+        # The stages of all models in a process share code, and torch gives up on code that it has compiled eight times.
+        with torch._dynamo.config.patch(recompile_limit=_MANY, accumulated_recompile_limit=_MANY):
             for rows in (several, 1):
                 ids = np.zeros((rows, tokens), np.int64)
                 state = self.embed(self.begin_padded(ids, np.ones_like(ids)))
