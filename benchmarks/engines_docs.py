@@ -1,11 +1,11 @@
-"""The figures in docs/engines.md, from the records of `benchmarks/engines.py` and `benchmarks/regroup.py`."""
+"""The figures in docs/engines.md, from the records of `engines.py`, `pruned.py` and `regroup.py` in benchmarks/."""
 
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers_badge.evaluation.benchmark_report import ENGINE_NAMES, render_benchmark
+from transformers_badge.evaluation.benchmark_report import ENGINE_NAMES, ratios, render_benchmark, title_of
 from transformers_badge.evaluation.plots import plot_engines
 
 
@@ -13,6 +13,8 @@ def write_engines(
     root: Path,
     record: dict[str, Any],
     regroup: dict[str, Any],
+    bf16: dict[str, Any],
+    pruned: dict[str, Any],
     machine: Callable[[dict[str, Any]], str],
 ) -> None:
     """Put the figures between the page's markers, and draw the picture."""
@@ -28,14 +30,83 @@ def write_engines(
             + " are timed.",
             "![milliseconds per row, by engine and batch size](images/engines.png)",
             render_benchmark(record),
+            _at_the_same_time(record),
         ]
     )
     path = root / "docs" / "engines.md"
     page = path.read_text()
-    for name, text in (("figures", figures), ("regrouping", _regrouping(regroup, machine))):
+    parts = {
+        "figures": figures,
+        "bf16": _bf16(bf16, machine),
+        "pruning": _pruning(pruned, machine),
+        "regrouping": _regrouping(regroup, machine),
+    }
+    for name, text in parts.items():
         block = f"<!-- {name}: make docs -->\n{text}\n<!-- end of {name} -->"
         page = re.sub(rf"<!-- {name}: make docs -->.*<!-- end of {name} -->", lambda _, b=block: b, page, flags=re.S)  # type: ignore[misc]
     path.write_text(page)
+
+
+def _at_the_same_time(record: dict[str, Any]) -> str:
+    """What leaving at one exit is worth in the time of early exit: rows are shared between the two exits next to it."""
+    shared, ahead = [], []
+    for engine, entry in record["engines"].items():
+        for by_size in record["batch_sizes"].values():
+            ours, one, deeper = (
+                by_size["milliseconds_per_row"][f"{kind}, {engine}"] for kind in ("early exit", "truncated", "deeper")
+            )
+            share = min(max((ours - one) / (deeper - one), 0.0), 1.0)
+            shared.append(entry["truncated"] + share * (entry["deeper"] - entry["truncated"]))
+            ahead.append(entry["early_exit"] - shared[-1])
+    return (
+        f"Early exit takes a time between those of two exits. Were rows shared between these two so that they take the same time, {min(shared):.1f} to {max(shared):.1f} % of the answers would be right, by engine and batch "
+        f"size: {min(ahead):.1f} to {max(ahead):.1f} points fewer than with early exit."
+    )
+
+
+def _bf16(record: dict[str, Any], machine: Callable[[dict[str, Any]], str]) -> str:
+    """What half precision is worth where the processor has it."""
+    entry, sizes = record["engines"]["bf16"], record["batch_sizes"]
+    lines = ["| | " + " | ".join(f"batch {size}" for size in sizes) + " |", "| --- " * (len(sizes) + 1) + "|"]
+    for name in ("pipeline", "full, bf16", "early exit, bf16", "stream, bf16"):
+        cells = [f"{by_size['milliseconds_per_row'][name]:.2f}" for by_size in sizes.values()]
+        lines.append(f"| {title_of(name)}, ms per row | {' | '.join(cells)} |")
+    for name, title in ratios(record):
+        found = [by_size["ratios"][name] for by_size in sizes.values()]
+        cells = [
+            f"{r['median']:.2f}" + (f"x ({r['min']:.2f} to {r['max']:.2f})" if r["min"] < r["max"] else "")
+            for r in found
+        ]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return (
+        f"`python benchmarks/engines.py demo-output/checkpoint --calibration-rows 2000 --engine bf16`, on {machine(record)}: {entry['full_depth']:.2f} % at full depth, {entry['early_exit']:.2f} % with early exit, {entry['layer_speedup']:.2f}x in layers.\n\n"
+        + "\n".join(lines)
+    )
+
+
+def _pruning(record: dict[str, Any], machine: Callable[[dict[str, Any]], str]) -> str:
+    """Whether the gains of early exit, int8 and a narrower encoder multiply."""
+    lines = ["| encoder | engine | full depth | early exit | layer speedup |", "| --- | --- | --- | --- | --- |"]
+    for name, by_engine in record["models"].items():
+        for engine, entry in by_engine.items():
+            cells = [f"{entry['full_depth']:.2f} %", f"{entry['early_exit']:.2f} %", f"{entry['layer_speedup']:.2f}x"]
+            lines.append(f"| {' | '.join([name, ENGINE_NAMES[engine], *cells])} |")
+    lines += ["", "Times as fast as the whole encoder at full depth on the same engine:", ""]
+    lines += ["| batch size | engine | early exit | pruned | both | product of the two |", "| --- " * 6 + "|"]
+    for size, entry in record["batch_sizes"].items():
+        for engine in next(iter(record["models"].values())):
+            exits, narrow, both = (
+                entry["over_full_whole"][f"{name}, {engine}"]
+                for name in ("early exit, whole", "full, pruned", "early exit, pruned")
+            )
+            cells = [f"{v['median']:.2f}x ({v['min']:.2f} to {v['max']:.2f})" for v in (exits, narrow, both)]
+            product = f"{exits['median'] * narrow['median']:.2f}x"
+            lines.append(f"| {' | '.join([size, ENGINE_NAMES[engine], *cells, product])} |")
+    return (
+        f"`python benchmarks/pruned.py demo-output/checkpoint`: the demo's encoder, and the same with the {100 * (1 - record['keep']):.0f} % of every feed-forward layer's neurons taken out that have the smallest weights, "
+        f"fine-tuned alike (`--full`); thresholds expected to lose at most {record['max_lost']:g} points of the own full depth; {record['rounds']} rounds in turns; {machine(record)}.\n\n"
+        + "\n".join(lines)
+    )
 
 
 def _regrouping(record: dict[str, Any], machine: Callable[[dict[str, Any]], str]) -> str:
@@ -49,8 +120,9 @@ def _regrouping(record: dict[str, Any], machine: Callable[[dict[str, Any]], str]
     lines += ["", "| rows per second | median | least | greatest |", "| --- | --- | --- | --- |"]
     for name, speedup in record["wall_clock_speedup"].items():
         lines.append(f"| {name} | {speedup['median']:.2f}x | {speedup['min']:.2f}x | {speedup['max']:.2f}x |")
+    chosen = "".join(f" --contender {name!r}" for name in record["contenders"]) if len(record["contenders"]) < 4 else ""
     return (
-        f"`python benchmarks/regroup.py --rows {record['rows']} --rounds {record['rounds']}`: a random BERT of 12 blocks of width 768 in PyTorch, {record['rows']} rows of {tokens['mean']:.0f} tokens on average and "
+        f"`python benchmarks/regroup.py --rows {record['rows']} --rounds {record['rounds']}{chosen}`: a random BERT of 12 blocks of width 768 in PyTorch, {record['rows']} rows of {tokens['mean']:.0f} tokens on average and "
         f"{tokens['most']} at most, which leave evenly over the 12 exits; batch size {record['batch_size']}; {machine(record)}.\n\n"
         + "\n".join(lines)
     )

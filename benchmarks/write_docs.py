@@ -13,8 +13,9 @@ Example: python benchmarks/write_docs.py (`make docs`). To renew the records fir
     python benchmarks/lexical.py                              -> lexical.json
     python benchmarks/lexical.py --time demo-output/checkpoint -> lexical_time.json
     python benchmarks/engines.py demo-output/checkpoint       -> engines/benchmark.json as engines.json
-        (of demo --full, with --calibration-rows 2000)
-    python benchmarks/regroup.py --rows 1500 --rounds 2       -> regroup.json
+        (of demo --full, with --calibration-rows 2000; with --engine bf16 besides as engines_bf16.json)
+    python benchmarks/pruned.py demo-output/checkpoint        -> pruned.json (of demo --full)
+    python benchmarks/regroup.py                              -> regroup.json
 """
 
 import json
@@ -378,7 +379,7 @@ def main() -> None:
     criteria = load("criteria")
     write_criteria(ROOT, criteria, load("guarantee"), machine(criteria))
     write_exit_zero(ROOT, load("lexical"), load("lexical_time"), demo, machine)
-    write_engines(ROOT, load("engines"), load("regroup"), machine)
+    write_engines(ROOT, load("engines"), load("regroup"), load("engines_bf16"), load("pruned"), machine)
     plot_tradeoff(demo, ROOT / "docs" / "images" / "tradeoff.png")
 
 

@@ -28,14 +28,15 @@ def fit_rule(
 
     What it predicts is by how much less probable a teacher holds this exit's answer than the teacher's own. That is 0
     where they agree, and little where the teacher is torn itself, so that it says more than a count of disagreements.
-    No labels are needed: the last exit is the teacher. Where answers are to be right rather than the last exit's, all
-    exits together are the better one, weighted as the labels teach (see `expected_correctness`). Exits share most of
-    their rule, which keeps it sound where few rows disagree.
+    No labels are needed: the last exit is the teacher. Where answers are to be right rather than the last exit's, the
+    better one is the mean of the last exit and of all exits together, weighted as the labels teach (see
+    `expected_correctness`): what is lost is still counted against the last exit. Exits share most of their rule, which
+    keeps it sound where few rows disagree.
 
     Args:
         table: rows like those to come. They may have been trained on, if the last exit is the teacher.
         temperature: of the policy that the rule is for.
-        from_labels: all exits together are the teacher.
+        from_labels: labels have a part in the teacher.
 
     Returns:
         `ExitPolicy.rule`: (exits - 1, features + 1).
@@ -48,8 +49,10 @@ def fit_rule(
     if exits < 2:
         raise ValueError("The model has one exit only: there is nothing to learn, and nowhere to leave early.")
     pairs = probabilities.reshape(-1, exits, classes)  # a row of several labels asks several questions
-    teacher = (_pooled(probabilities, _truth(table)) if from_labels else probabilities[..., -1, :]).reshape(-1, classes)
-    each = np.arange(len(pairs))
+    teacher = probabilities[..., -1, :]
+    if from_labels:
+        teacher = (teacher + _pooled(probabilities, _truth(table))) / 2
+    teacher, each = teacher.reshape(-1, classes), np.arange(len(pairs))
     features, goals = [], []
     for index in range(exits - 1):
         features.append(rule_features(pairs[:, : index + 1]))
