@@ -22,7 +22,7 @@ from transformers_badge.inference.exit_logits import check_table_of_model
 from transformers_badge.inference.named_stages import exit_stage, stage_names
 from transformers_badge.inference.onnx_export import _trace_stages
 from transformers_badge.inference.onnx_stages import GRAPH, LEXICAL
-from transformers_badge.inference.predictor import MANIFEST, digest_file, digest_weights
+from transformers_badge.inference.predictor import FORMAT, MANIFEST, digest_file, digest_weights
 from transformers_badge.inference.rowwise_int8 import quantize_rowwise
 
 
@@ -336,7 +336,7 @@ def test_bad_exports_are_named(export, exports, tmp_path):
     with pytest.raises(OSError, match="stages.onnx is missing: export the model again"):
         load(export)
     (export / MANIFEST).write_text(json.dumps({**manifest, "format": 99}))
-    with pytest.raises(ValueError, match="was exported by another version \\(format 99; this one reads 2\\)"):
+    with pytest.raises(ValueError, match=f"was exported by another version \\(format 99; this one reads {FORMAT}\\)"):
         load(export)
     (export / MANIFEST).write_text(json.dumps({**manifest, "files": {}}))
     with pytest.raises(ValueError, match="onnxruntime.json is damaged"):
