@@ -15,7 +15,7 @@ Example: python benchmarks/write_docs.py (`make docs`). To renew the records fir
     python benchmarks/engines.py demo-output/checkpoint       -> engines/benchmark.json as engines.json
         (of demo --full, with --calibration-rows 2000; with --engine bf16 besides as engines_bf16.json)
     python benchmarks/pruned.py demo-output/checkpoint        -> pruned.json (of demo --full)
-    python benchmarks/regroup.py                              -> regroup.json
+    python benchmarks/regroup.py --rounds 2 --contender regrouped --contender shrinking -> regroup.json
 """
 
 import json

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from transformers_badge.evaluation.benchmark import PIPELINE
+from transformers_badge.evaluation.benchmark import MEMORY_KINDS, PIPELINE
 from transformers_badge.evaluation.plots import plot_engines
 
 
@@ -93,23 +93,22 @@ def render_benchmark(record: dict[str, Any]) -> str:
             ),
             "Where a row's time goes with early exit, milliseconds per row:",
             *[_profile(engine, record["profile"][engine]) for engine in engines],
-            f"Peak memory of a process that does nothing else, batch size {record['memory_batch_size']}, MiB:",
-            _table(
-                ["", *[ENGINE_NAMES[e] for e in engines if f"full, {e}" in record["memory"]]],
-                [
-                    [
-                        _KINDS[kind],
-                        *[
-                            f"{record['memory'][f'{kind}, {engine}']:,.0f}"
-                            for engine in engines
-                            if f"full, {engine}" in record["memory"]
-                        ],
-                    ]
-                    for kind in ("full", "early exit", "stream")
-                ],
-            ),
+            *_memory(record),
         ]
     )
+
+
+def _memory(record: dict[str, Any]) -> list[str]:
+    """What processes need, of the engines for which it was measured."""
+    memory = record["memory"]
+    engines = [engine for engine in record["engines"] if f"full, {engine}" in memory]
+    if not engines:
+        return []
+    rows = [[_KINDS[kind], *[f"{memory[f'{kind}, {e}']:,.0f}" for e in engines]] for kind in MEMORY_KINDS]
+    return [
+        f"Peak memory of a process that does nothing else, batch size {record['memory_batch_size']}, MiB:",
+        _table(["", *[ENGINE_NAMES[engine] for engine in engines]], rows),
+    ]
 
 
 def title_of(contender: str) -> str:
@@ -140,8 +139,11 @@ def ratios(record: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _profile(engine: str, by_size: dict[str, Any]) -> str:
-    parts = list(next(iter(by_size.values())))
-    rows = {part: [f"{entry[part]:.3f}" for entry in by_size.values()] for part in parts}
+    rows = {
+        part: [f"{entry[part]:.3f}" for entry in by_size.values()]
+        for part in next(iter(by_size.values()))
+        if max(entry[part] for entry in by_size.values()) > 0.002  # exported stages embed together with block 1
+    }
     return _by_size(list(by_size), rows, ENGINE_NAMES[engine])
 
 
