@@ -17,7 +17,7 @@ from transformers_badge import ExitPolicy, ExitTable
 from transformers_badge.calibration.replay import score_exits
 from transformers_badge.model import stream_badge
 from transformers_badge.model.outputs_badge import BlockState
-from transformers_badge.model.stream_badge import stream_with_policy
+from transformers_badge.model.stream_badge import LEXICAL_BATCH, stream_with_policy
 
 
 ORDERS = {
@@ -400,11 +400,12 @@ class Rows:
 class Scripted:
     """Stages over plain row numbers: row `[number, leaves_at, ...]` is sure from exit `leaves_at` on."""
 
-    def __init__(self, exits):
-        self.exit_layers = list(range(1, exits + 1))
-        self.leaves_at, self.ran, self.most_alive = {}, [], 0
+    def __init__(self, exits, first_layer=1):
+        self.exit_layers = list(range(first_layer, first_layer + exits))
+        self.leaves_at, self.began, self.ran, self.most_alive = {}, [], [], 0
 
     def begin(self, rows):
+        self.began.append(len(rows))
         self.leaves_at.update({row["input_ids"][0]: row["input_ids"][1] for row in rows})
         mask = np.arange(max(len(row["input_ids"]) for row in rows)) < np.array(
             [[len(row["input_ids"])] for row in rows]
@@ -448,30 +449,35 @@ def scripted_stream(stages, leaves_at, batch_size, in_order=True, lengths=None):
     return stream_with_policy(stages, rows(), batch_size, 2, policy, "single_label_classification", in_order)
 
 
-@pytest.mark.parametrize("batch_size", [1, 5, 16])
+@pytest.mark.parametrize("first_layer", [0, 1])
+@pytest.mark.parametrize("batch_size", [1, 5, 16, 40])
 @pytest.mark.parametrize("leaving", ["evenly", "late", "together"])
-def test_live_rows_are_at_most_batch_size_times_exits(batch_size, leaving):
+def test_live_rows_are_at_most_batch_size_times_exits(batch_size, leaving, first_layer):
     generator, exits, rows = np.random.default_rng(0), 6, 1500
     leaves_at = {
         "evenly": generator.integers(0, exits, rows),
         "late": np.where(generator.random(rows) < 0.05, 9, 3),
         "together": np.repeat(np.arange(rows // 50) % exits, 50),
     }[leaving].tolist()
-    stages = Scripted(exits)
+    stages = Scripted(exits, first_layer)
     answers = scripted_stream(stages, leaves_at, batch_size, lengths=generator.integers(0, 50, rows))
-    assert [answer.exit_layer for answer in answers] == [min(exit_index, exits - 1) + 1 for exit_index in leaves_at]
-    assert batch_size < stages.most_alive <= batch_size * exits or batch_size == 1
+    expected = [min(exit_index, exits - 1) + first_layer for exit_index in leaves_at]
+    assert [answer.exit_layer for answer in answers] == expected
+    before_blocks = LEXICAL_BATCH if first_layer == 0 else 0
+    assert batch_size < stages.most_alive <= batch_size * exits + before_blocks or (batch_size, before_blocks) == (1, 0)
 
 
+@pytest.mark.parametrize("first_layer", [0, 1])
 @pytest.mark.parametrize("in_order", [True, False])
-def test_batches_are_full_until_the_end(in_order):
+def test_batches_are_full_until_the_end(in_order, first_layer):
     exits, batch_size = 6, 16
     leaves_at = np.random.default_rng(0).integers(0, exits, 3000).tolist()
-    stages = Scripted(exits)
+    stages = Scripted(exits, first_layer)
     assert len(list(scripted_stream(stages, leaves_at, batch_size, in_order))) == 3000
-    for layer in range(1, exits + 1):
+    assert len(stages.began) == -(-3000 // (LEXICAL_BATCH if first_layer == 0 else batch_size))
+    for exit_index, layer in enumerate(stages.exit_layers[1 - first_layer :], 1 - first_layer):
         sizes = [size for reached, size in stages.ran if reached == layer]
-        assert sum(sizes) == sum(min(exit_index, exits - 1) >= layer - 1 for exit_index in leaves_at)
+        assert sum(sizes) == sum(min(leaves, exits - 1) >= exit_index for leaves in leaves_at)
         assert len(sizes) == -(-sum(sizes) // batch_size), f"block {layer} ran batches that were not full"
 
 

@@ -3,9 +3,11 @@
     rows, read ahead and sorted by length  ->  pool behind exit 1  ->  pool behind exit 2  ->  ...  ->  answers
 
 The deepest pool that holds a full batch runs first; new rows begin when none does, and at the end of the input the
-shallowest pool runs first, whose rows fill the next one. Memory is bounded: at most batch_size x exits rows are inside
-the model, READ_AHEAD x batch_size rows are read ahead, and results that wait for an earlier row are at most
-(WINDOW + exits) x batch_size, since a row that holds up more than WINDOW batches is run in whatever company it has.
+shallowest pool runs first, whose rows fill the next one. An exit of depth 0 reads tokens alone, and its batches are not
+smaller than LEXICAL_BATCH. Memory is bounded: at most batch_size x exits rows are inside the model (LEXICAL_BATCH more
+before the first block), READ_AHEAD x batch_size rows are read ahead, and results that wait for an earlier row are at
+most (WINDOW + exits) x batch_size, since a row that holds up more than WINDOW batches is run in whatever company it
+has.
 
 It is written over `Stages` and in numpy, so that every engine can be streamed.
 """
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from .policy_badge import ExitPolicy
 
 READ_AHEAD = 64  # batches that are read, tokenized and sorted by length at a time
+LEXICAL_BATCH = 32  # rows that read exit 0 together, at least: its calls cost more than its rows
 WINDOW = 128  # batches whose results may wait for an earlier row; not less than READ_AHEAD, or it could not help
 
 
@@ -64,6 +67,8 @@ def stream_with_policy(
         running: a context around every use of the stages; it is never open while rows are read or an answer is out.
     """
     thresholds = policy.thresholds(len(stages.exit_layers))
+    lexical_only = stages.exit_layers[0] == 0 and thresholds[0] is not None  # the first run stops before the blocks
+    first_size = max(batch_size, LEXICAL_BATCH) if lexical_only else batch_size
     pools: list[list[Batch[State]]] = [[] for _ in stages.exit_layers]  # behind each exit the rows that stay
     source, ended, error = iter(rows), False, None
     fresh: deque[tuple[int, dict[str, list[int]]]] = deque()
@@ -75,16 +80,16 @@ def stream_with_policy(
 
     def start() -> Batch[State]:
         """A batch of rows that have not begun."""
-        numbers, tokens = zip(*[fresh.popleft() for _ in range(min(batch_size, len(fresh)))], strict=True)
+        numbers, tokens = zip(*[fresh.popleft() for _ in range(min(first_size, len(fresh)))], strict=True)
         return Batch.fresh(*stages.begin(list(tokens)), np.array(numbers), num_labels)
 
     def run(batch: Batch[State]) -> list[StreamedRow]:
         """Run a batch to the next exit; who stays goes into the pool behind it."""
         batch, leaves = run_to_exit(stages, batch, policy, thresholds, problem_type)
         exit_index = batch.exit_logits.shape[1] - 1
-        if not leaves.all():
-            staying = keep_rows(stages, batch, np.flatnonzero(~leaves)) if leaves.any() else batch
-            pools[exit_index].append(staying)
+        staying = np.flatnonzero(~leaves)
+        for part in np.split(staying, range(batch_size, len(staying), batch_size)) if len(staying) else ():
+            pools[exit_index].append(keep_rows(stages, batch, part) if len(part) < len(batch) else batch)
         return [
             StreamedRow(int(batch.rows[place]), batch.exit_logits[place, -1].copy(), stages.exit_layers[exit_index])
             for place in np.flatnonzero(leaves)
