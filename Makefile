@@ -25,7 +25,7 @@ test: setup  ## Run the linters, the type checker and the tests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup  ## Mend what the linters can mend
 	$(BIN)/ruff check --fix .
