@@ -166,7 +166,7 @@ def plot_tradeoff(record: dict[str, Any], path: Path) -> None:
 
 
 def plot_engines(record: dict[str, Any], names: dict[str, str], path: Path) -> None:
-    """Milliseconds per row of the full model and of early exit, a panel for every batch size.
+    """Milliseconds per row of the full model and of early exit, streamed too, a panel for every batch size.
 
     Args:
         record: as `benchmark_checkpoint` makes.
@@ -178,14 +178,20 @@ def plot_engines(record: dict[str, Any], names: dict[str, str], path: Path) -> N
     places = np.arange(len(engines))
     for axis, (size, entry) in zip(axes[0], by_size.items(), strict=True):
         spent = entry["milliseconds_per_row"]
-        for shift, kind, color in ((-0.2, "full", "#8d99ae"), (0.2, "early exit", "#d1495b")):
-            values = [spent[f"{kind}, {engine}"] for engine in engines]
-            bars = axis.bar(places + shift, values, 0.38, color=color, label=kind if kind != "full" else "full model")
-            axis.bar_label(bars, fmt="%.1f", fontsize=6)
         axis.axhline(spent["pipeline"], color="#555555", lw=1, ls="--", label="transformers' pipeline")
+        for shift, kind, label, color in (
+            (-0.28, "full", "full model", "#8d99ae"),
+            (0.0, "early exit", "early exit", "#d1495b"),
+            (0.28, "stream", "early exit, streamed", "#edae49"),
+        ):
+            values = [spent[f"{kind}, {engine}"] for engine in engines]
+            bars = axis.bar(places + shift, values, 0.27, color=color, label=label)
+            # White behind the numbers, which may lie on the line.
+            plate = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}
+            axis.bar_label(bars, fmt="%.1f", fontsize=5, padding=1.5, bbox=plate)
         axis.set_xticks(places, [names[engine].replace(" ", "\n") for engine in engines], fontsize=6)
         axis.set_title(f"batch {size}", fontsize=9, loc="left")
     axes[0][0].set_ylabel("milliseconds per row")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False,
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False,
                   fontsize=7.5)  # fmt: skip
     figure.savefig(path)
