@@ -342,7 +342,7 @@ def test_bad_calibrations_are_named_and_the_checkpoint_is_untouched(checkpoint, 
     assert "confidence must be between 0 and 1" in calibrate(traffic, "--confidence", "95")
     assert "risk must be one of 'disagreement', 'error_increase'" in calibrate(traffic, "--risk", "f1")
     assert "criterion must be one of" in calibrate(traffic, "--criterion", "vibes")
-    assert "target_speedup must be above 1 and at most 151.00" in calibrate(traffic, "--target-speedup", "200")
+    assert "target_speedup must be at most 151.00" in calibrate(traffic, "--target-speedup", "200")
     (tmp_path / "texts.txt").write_text("a good film\n" * 40)
     assert "needs labels" in calibrate(tmp_path / "texts.txt", "--risk", "error_increase")
     (tmp_path / "one.csv").write_text("text,label\n" + "a good film,pos\n" * 40)
@@ -351,6 +351,25 @@ def test_bad_calibrations_are_named_and_the_checkpoint_is_untouched(checkpoint, 
     other.save(tmp_path / "other.safetensors")
     assert "The exit table is of another model: its weights are 0123" in calibrate(tmp_path / "other.safetensors")
     assert files_of(checkpoint) == before
+
+
+def test_a_calibration_that_cannot_be_is_refused_before_the_model_runs(
+    checkpoint, traffic, tmp_path, capsys, monkeypatch
+):
+    ran = []
+    monkeypatch.setattr("transformers_badge.inference.exit_logits.make_exit_table", lambda *a, **k: ran.append(a))
+    (tmp_path / "texts.txt").write_text("a good film\n" * 40)
+    for rows, *options in (
+        (traffic, "--max-risk", "1"),
+        (traffic, "--criterion", "vibes"),
+        (traffic, "--target-speedup", "1"),
+        (tmp_path / "texts.txt", "--risk", "error_increase"),
+    ):
+        assert failing(capsys, "calibrate", checkpoint, rows, *options)
+    assert not ran
+    with pytest.raises(AttributeError):  # of the table that there is not: here it would have run
+        run(capsys, "calibrate", checkpoint, traffic, "--max-risk", "0.2")
+    assert ran
 
 
 def test_bad_models_and_directories_are_named(encoder, data, trained, tmp_path, capsys):

@@ -564,7 +564,7 @@ def test_the_costs_of_the_table_are_what_speedups_are_made_of():
     plain, costly = (calibrate(each, "entropy", max_risk=0.05) for each in (table, dear))
     assert plain.threshold == costly.threshold
     assert 1 < costly.certificate["observed"]["layer_speedup"] < 1.2 < plain.certificate["observed"]["layer_speedup"]
-    with pytest.raises(ValueError, match="above 1 and at most 1.20"):
+    with pytest.raises(ValueError, match="at most 1.20"):
         calibrate(dear, "entropy", target_speedup=1.5)
 
 
@@ -640,9 +640,9 @@ def one_class(table):
         (None, {"min_class_accuracy": 95}, "min_class_accuracy must be between 0 and 1, both excluded.* got 95"),
         (None, {"max_risk": None}, "There is no demand: give max_risk, min_class_accuracy or target_speedup"),
         (None, {"target_speedup": 1.5, "min_class_accuracy": 0.9}, "either target_speedup or min_class_accuracy"),
-        (None, {"target_speedup": 1.0}, "target_speedup must be above 1 and at most 6.00.* got 1.0"),
-        (None, {"target_speedup": 6.01}, "target_speedup must be above 1 and at most 6.00.* got 6.01"),
-        (None, {"target_speedup": float("nan")}, "target_speedup must be above 1 and at most 6.00.* got nan"),
+        (None, {"target_speedup": 1.0}, "target_speedup must be above 1, such as 2.5; got 1.0"),
+        (None, {"target_speedup": 6.01}, "target_speedup must be at most 6.00.* got 6.01"),
+        (None, {"target_speedup": float("nan")}, "target_speedup must be above 1, such as 2.5; got nan"),
         (lambda t: nan_at(t, 7, 2), {}, "Row 7 has a logit that is not finite at exit layer 3"),
         (lambda t: made_up(50, 1), {}, "The model has one exit only: there is nowhere to leave early"),
         (lambda t: t.select([0]), {}, "needs two rows at least"),

@@ -87,7 +87,10 @@ def calibrate(
         ValueError: a value outside what is written above, labels that are missing, a class without rows, logits that
             are not finite.
     """
-    demand = _checked(table, criterion, risk, max_risk, confidence, min_class_accuracy, target_speedup)
+    if not isinstance(table, ExitTable):
+        raise TypeError(f"calibrate needs an ExitTable, got {type(table).__name__}: make one with make_exit_table.")
+    demand = check_demand(criterion, risk, max_risk, confidence, min_class_accuracy, target_speedup)
+    _check_table(table, demand, target_speedup)
     policy = _starting_policy(table, criterion)
     searching = policy is None or per_exit or temperature or target_speedup is not None
     search, certify = None, table
@@ -139,17 +142,14 @@ def calibrate(
     return replace(policy, threshold=_compact(thresholds), certificate=certificate)
 
 
-def _checked(
-    table: ExitTable,
-    criterion: Any,
-    risk: Any,
-    max_risk: Any,
-    confidence: Any,
-    min_class_accuracy: Any,
-    target_speedup: Any,
+def check_demand(
+    criterion: Any, risk: Any, max_risk: Any, confidence: Any, min_class_accuracy: Any, target_speedup: Any
 ) -> Demand:
-    if not isinstance(table, ExitTable):
-        raise TypeError(f"calibrate needs an ExitTable, got {type(table).__name__}: make one with make_exit_table.")
+    """What is demanded, as far as it can be checked before there is an exit table; arguments as in `calibrate`.
+
+    Raises:
+        ValueError: a value outside what `calibrate` takes.
+    """
     if isinstance(criterion, str) and criterion not in CRITERIA:
         combine = " (give a combination as an ExitPolicy)" if criterion in COMBINATORS else ""
         raise ValueError(f"criterion must be one of {', '.join(map(repr, CRITERIA))}{combine}, got {criterion!r}.")
@@ -162,17 +162,31 @@ def _checked(
             raise ValueError(f"{name} must be between 0 and 1, both excluded, such as 0.01 or 0.95; got {value}.")
     if max_risk is None and min_class_accuracy is None and target_speedup is None:
         raise ValueError("There is no demand: give max_risk, min_class_accuracy or target_speedup.")
+    if target_speedup is not None and min_class_accuracy is not None:
+        raise ValueError("Give either target_speedup or min_class_accuracy: one chooses by speed, the other by risk.")
+    if target_speedup is not None and not target_speedup > 1:
+        raise ValueError(f"target_speedup must be above 1, such as 2.5; got {target_speedup}.")
+    return Demand(
+        risk=risk,
+        max_risk=None if max_risk is None else float(max_risk),
+        min_class_accuracy=None if min_class_accuracy is None else float(min_class_accuracy),
+        confidence=float(confidence),
+    )
+
+
+def _check_table(table: ExitTable, demand: Demand, target_speedup: float | None) -> None:
+    """See that a demand can be put to this table.
+
+    Raises:
+        ValueError: it cannot; the message says why.
+    """
     if target_speedup is not None:
         costs = np.asarray(table.costs)
         fastest = costs[-1] / costs[0] if costs[0] else np.inf
-        if min_class_accuracy is not None:
+        if target_speedup > fastest:
             raise ValueError(
-                "Give either target_speedup or min_class_accuracy: one chooses by speed, the other by risk."
-            )
-        if not 1 < target_speedup <= fastest:
-            raise ValueError(
-                f"target_speedup must be above 1 and at most {fastest:.2f}, which is everyone leaving at "
-                f"the first exit; got {target_speedup}."
+                f"target_speedup must be at most {fastest:.2f}, which is everyone leaving at the first exit; got "
+                f"{target_speedup}."
             )
     finite = np.isfinite(table.exit_logits).all(axis=-1)
     if not finite.all():
@@ -183,10 +197,8 @@ def _checked(
         )
     if table.exit_logits.shape[1] < 2:
         raise ValueError("The model has one exit only: there is nowhere to leave early.")
-    if table.labels is None and (risk == "error_increase" or min_class_accuracy is not None):
-        what = "risk='error_increase'" if risk == "error_increase" else "min_class_accuracy"
-        raise ValueError(f"{what} needs labels, which the exit table does not have; risk='disagreement' needs none.")
-    if min_class_accuracy is not None:
+    demand.check_labels(table.labels)
+    if demand.min_class_accuracy is not None:
         if table.problem_type != "single_label_classification":
             raise ValueError("min_class_accuracy needs problem_type='single_label_classification'.")
         empty = np.flatnonzero(np.bincount(np.asarray(table.labels), minlength=len(table.label_names)) == 0)
@@ -195,12 +207,6 @@ def _checked(
                 f"The class {table.label_names[empty[0]]!r} has no rows, so nothing can be shown about it: give rows "
                 "of every class, or leave min_class_accuracy out."
             )
-    return Demand(
-        risk=risk,
-        max_risk=None if max_risk is None else float(max_risk),
-        min_class_accuracy=None if min_class_accuracy is None else float(min_class_accuracy),
-        confidence=float(confidence),
-    )
 
 
 def _checked_source(learn_from: ExitTable, table: ExitTable) -> ExitTable:

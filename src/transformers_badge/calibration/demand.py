@@ -50,6 +50,16 @@ class Demand:
         """How often what is shown may be wrong."""
         return 1 - self.confidence
 
+    def check_labels(self, labels: Any) -> None:
+        """See that there are labels where they are needed.
+
+        Raises:
+            ValueError: they are `None`.
+        """
+        if labels is None and (self.risk == "error_increase" or self.min_class_accuracy is not None):
+            what = "risk='error_increase'" if self.risk == "error_increase" else "min_class_accuracy"
+            raise ValueError(f"{what} needs labels, and the rows have none; risk='disagreement' needs none.")
+
     def p_value(self, counts: Counts) -> float:
         """The largest of the p-values of the single demands: all have to hold, so each is tested at the full level."""
         values = [0.0]

@@ -50,12 +50,17 @@ def calibrate(
     import warnings
 
     from transformers_badge.calibration.calibrate import calibrate as choose
+    from transformers_badge.calibration.calibrate import check_demand
     from transformers_badge.cli.tables import load_model, read_rows, rows_or_table
     from transformers_badge.hub.checkpoint import check_checkpoint_folder, write_policy
 
+    # All that can be wrong with the demand is said before the model runs, which can take long.
+    demand = check_demand(criterion, risk, max_risk, confidence, min_class_accuracy, target_speedup)
     folder = check_checkpoint_folder(checkpoint)
     model, tokenizer = load_model(checkpoint)
     rows = None if data.endswith(".safetensors") else read_rows(data, text_column, label_column, model)
+    if rows is not None:
+        demand.check_labels(rows.labels)
     table = rows_or_table(checkpoint, model, tokenizer, data, rows, batch_size)
     stored = model.config.exit_policy
     start = stored if criterion == "learned" and stored.criterion == "learned" and not refit else criterion
