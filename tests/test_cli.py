@@ -87,6 +87,34 @@ def test_train_learns_and_writes_a_checkpoint_with_a_threshold(trained):
     assert accuracy > 0.9
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max-accuracy-drop", "3"], "max_accuracy_drop must be a share above 0"),
+        (["--max-accuracy-drop", "nan"], "max_accuracy_drop must be a share above 0"),
+        (["--epochs", "0"], "epochs must be above 0, got 0"),
+        (["--learning-rate", "-1"], "learning_rate must be above 0, got -1"),
+        (["--new-learning-rate", "nan"], "new_learning_rate must be above 0, got nan"),
+    ],
+)
+def test_bad_settings_are_refused_before_training(options, message, encoder, data, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert message in failing(capsys, "train", encoder, data, "--output-dir", out, *options)
+    assert not out.exists()
+
+
+def test_what_was_trained_is_not_lost_if_no_threshold_can_be_chosen(encoder, data, tmp_path, capsys, monkeypatch):
+    def broken(*args, **kwargs):
+        raise ValueError("Row 7 has a logit that is not finite")
+
+    monkeypatch.setattr("transformers_badge.calibration.calibrate.calibrate", broken)
+    out, options = tmp_path / "out", ["--epochs", "1", "--exit-layers", "1,3", "--max-accuracy-drop", "0.3"]
+    assert "Row 7 has a logit" in failing(capsys, "train", encoder, data, "--output-dir", out, *options)
+    model = BadgeForSequenceClassification.from_pretrained(out)
+    assert model.exits[0].weight.any()
+    assert model.config.exit_policy.threshold is None
+
+
 def test_predict_writes_a_line_per_row_in_order(trained, data, tmp_path, capsys):
     output = tmp_path / "answers.jsonl"
     code, printed, _ = run(capsys, "predict", trained[0], data, "--output", output, "--batch-size", 7)
@@ -202,7 +230,7 @@ def test_every_recipe_learns(encoder, data, tmp_path, capsys, recipe):
 
 
 def test_every_command_has_help_with_an_example(capsys):
-    for command in ("convert", "train", "calibrate", "predict", "evaluate", "demo"):
+    for command in ("convert", "train", "calibrate", "predict", "evaluate", "export", "benchmark", "demo"):
         code, printed, _ = run(capsys, command, "--help")
         assert code == 0
         assert f"Example: transformers-badge {command}" in " ".join(printed.split())

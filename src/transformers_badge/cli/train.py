@@ -28,9 +28,9 @@ def train(
         bool, typer.Option(help="An exit before the first block, which reads the words alone.")
     ] = True,
     bypass_size: Annotated[int | None, typer.Option(help="Width of the bypasses; 0: none. Default: hidden/3.")] = None,
-    epochs: Annotated[float, typer.Option(min=0.0, help="Passes over the training rows.")] = 3,
-    learning_rate: Annotated[float, typer.Option(min=0.0, help="Peak learning rate of the encoder.")] = 5e-5,
-    new_learning_rate: Annotated[float, typer.Option(min=0.0, help="The same, of bypasses and exits.")] = 1e-3,
+    epochs: Annotated[float, typer.Option(help="Passes over the training rows.")] = 3,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of the encoder.")] = 5e-5,
+    new_learning_rate: Annotated[float, typer.Option(help="The same, of bypasses and exits.")] = 1e-3,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 32,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
 ) -> None:
@@ -43,15 +43,24 @@ def train(
 
     from transformers_badge import BadgeForSequenceClassification
     from transformers_badge.calibration.calibrate import calibrate
-    from transformers_badge.hub.checkpoint import save_checkpoint
+    from transformers_badge.hub.checkpoint import save_checkpoint, write_policy
     from transformers_badge.inference.exit_logits import make_exit_table
     from transformers_badge.inference.predict import token_limit
     from transformers_badge.training.convert import RULE_ROWS
     from transformers_badge.training.data import labelled_rows, load_table
-    from transformers_badge.training.fine_tune import check_output_directory, fit, tokenize
+    from transformers_badge.training.fine_tune import (
+        check_above_zero,
+        check_output_directory,
+        check_share,
+        fit,
+        tokenize,
+    )
     from transformers_badge.training.recipes import get_recipe
 
     get_recipe(recipe)
+    check_above_zero(epochs=epochs, learning_rate=learning_rate, new_learning_rate=new_learning_rate)
+    if max_accuracy_drop is not None:
+        check_share(max_accuracy_drop=max_accuracy_drop)
     layers = parse_depths(exit_layers)
     table = load_table(data)
     rows = labelled_rows(table, text_column, label_column, data)
@@ -98,18 +107,21 @@ def train(
     for name, value in result.metrics.items():
         if "accuracy" in name or "mse" in name:
             typer.echo(f"{name.removeprefix('test_')}: {value:.4f}")
+    # Before a threshold is looked for, so that what was trained is not lost, whatever happens there.
+    save_checkpoint(output_dir, model, tokenizer, rows.columns)
+    typer.echo(f"Saved {output_dir}; predict with: transformers-badge predict {output_dir} FILE --output OUT.jsonl")
     if max_accuracy_drop is not None:
         learned = [column[:RULE_ROWS] for column in rows.columns], rows.labels[:RULE_ROWS]
         lexical_logits = trainer.train_dataset[:RULE_ROWS]["lexical_logits"] if lexical_exit else None
-        model.config.exit_policy = calibrate(
+        policy = calibrate(
             make_exit_table(model, tokenizer, held_out.columns, held_out.labels),
             risk="error_increase",
             max_risk=max_accuracy_drop,
             learn_from=make_exit_table(model, tokenizer, *learned, lexical_logits=lexical_logits),
         )
-        typer.echo(model.config.exit_policy.certificate["summary"])
-    save_checkpoint(output_dir, model, tokenizer, rows.columns)
-    typer.echo(f"Saved {output_dir}; predict with: transformers-badge predict {output_dir} FILE --output OUT.jsonl")
+        assert policy.certificate is not None
+        write_policy(output_dir, policy)
+        typer.echo(policy.certificate["summary"])
 
 
 def parse_depths(text: str | None) -> list[int] | None:

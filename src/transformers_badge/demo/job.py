@@ -52,6 +52,7 @@ def run_demo(output_dir: Path, full: bool = False, max_accuracy_drop: float = 0.
 
     Raises:
         OSError: the directory cannot be written to, or encoder and data cannot be fetched.
+        ValueError: `max_accuracy_drop` is no share.
     """
     from rich.console import Console
 
@@ -60,8 +61,9 @@ def run_demo(output_dir: Path, full: bool = False, max_accuracy_drop: float = 0.
     from transformers_badge.evaluation.timing import describe_machine
     from transformers_badge.hub.checkpoint import save_checkpoint
     from transformers_badge.inference.explain import explain_lexical_exit
-    from transformers_badge.training.fine_tune import check_output_directory
+    from transformers_badge.training.fine_tune import check_output_directory, check_share
 
+    check_share(max_accuracy_drop=max_accuracy_drop)
     console, started = Console(), time.perf_counter()
     check_output_directory(output_dir)
     console.rule("1. A pretrained encoder and movie reviews")

@@ -167,20 +167,15 @@ def _columns(texts: Any) -> list[list[str]]:
 
 def _check_settings(settings: dict[str, Any], count: int, labels: Sequence[int] | None) -> None:
     from transformers_badge.model.policy_badge import ExitPolicy
+    from transformers_badge.training.fine_tune import check_above_zero, check_share
 
     batch_size = settings["batch_size"]
     if settings["criterion"] != "learned":  # which has a rule only once it is fitted
         ExitPolicy.of({"criterion": settings["criterion"]})
     if labels is not None and len(labels) != count:
         raise ValueError(f"There are {len(labels)} labels for {count} texts: give one for each.")
-    for name in ("batch_size", "epochs", "learning_rate", "temperature"):
-        if not settings[name] > 0:
-            raise ValueError(f"{name} must be above 0, got {settings[name]}.")
-    if not 0 < settings["max_disagreement"] < 1:
-        raise ValueError(
-            "max_disagreement must be a share above 0 (which no number of texts can show) and below 1, such as 0.01, "
-            f"got {settings['max_disagreement']}."
-        )
+    check_above_zero(**{name: settings[name] for name in ("batch_size", "epochs", "learning_rate", "temperature")})
+    check_share(max_disagreement=settings["max_disagreement"])
     taught = count - sum(_kept_rows(count))
     if taught < batch_size:
         raise ValueError(

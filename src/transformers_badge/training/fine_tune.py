@@ -22,6 +22,31 @@ def check_output_directory(directory: Path) -> None:
         ) from error
 
 
+def check_above_zero(**settings: float) -> None:
+    """See that settings are above 0.
+
+    Raises:
+        ValueError: one is not; the message names it.
+    """
+    for name, value in settings.items():
+        if not value > 0:
+            raise ValueError(f"{name} must be above 0, got {value}.")
+
+
+def check_share(**settings: float) -> None:
+    """See that settings are shares of rows that can be certified.
+
+    Raises:
+        ValueError: one is not; the message names it.
+    """
+    for name, value in settings.items():
+        if not 0 < value < 1:
+            raise ValueError(
+                f"{name} must be a share above 0 (which no number of rows can show) and below 1, such as 0.01, got "
+                f"{value}."
+            )
+
+
 def tokenize(tokenizer: Any, columns: Sequence[Sequence[str]], labels: Sequence[Any] | None, max_tokens: int) -> Any:
     """A `datasets.Dataset` of token ids, unpadded; pairs where there are two columns."""
     import datasets
