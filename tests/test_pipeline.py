@@ -57,6 +57,12 @@ def test_batches_give_the_same_answers(classify):
         assert [a["score"] for a in together] == pytest.approx([a["score"] for a in alone], abs=1e-5)
 
 
+def test_no_texts_have_no_answers(classify):
+    assert classify([]) == []
+    assert classify(()) == []
+    assert len(classify("")) == 1  # of which the special tokens are left
+
+
 def test_the_policy_can_be_set_per_call_and_on_creation(checkpoint, classify):
     assert {a["exit_layer"] for a in classify(TEXTS, threshold=float("inf"))} == {1}
     assert {a["exit_layer"] for a in classify(TEXTS, criterion="patience", patience=2, threshold=0)} <= {3, 4, 5, 6}

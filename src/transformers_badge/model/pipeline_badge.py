@@ -18,6 +18,12 @@ class BadgeTextClassificationPipeline(TextClassificationPipeline):  # type: igno
     `exit_layer`, the number of blocks that ran for the text, to every label that it returns.
     """
 
+    def __call__(self, inputs: Any, **kwargs: Any) -> Any:
+        """As of `TextClassificationPipeline`; and an empty list, at which that fails, has an empty list of answers."""
+        if isinstance(inputs, (list, tuple)) and not inputs:
+            return []
+        return super().__call__(inputs, **kwargs)
+
     def _sanitize_parameters(self, **parameters: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         policy = {name: parameters.pop(name) for name in _POLICY_FIELDS if name in parameters}
         preprocess, forward, postprocess = super()._sanitize_parameters(**parameters)
