@@ -14,8 +14,15 @@ import pytest
 import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
-from tiny import FAMILIES, PAD, VOCABULARY, pad, random_rows, tiny_model, tiny_tokenizer
-from transformers_badge import BadgePredictor, ExitPolicy, calibrate, export_onnx, make_exit_table
+from tiny import FAMILIES, PAD, VOCABULARY, pad, random_rows, tiny_config, tiny_model, tiny_tokenizer
+from transformers_badge import (
+    BadgeForSequenceClassification,
+    BadgePredictor,
+    ExitPolicy,
+    calibrate,
+    export_onnx,
+    make_exit_table,
+)
 from transformers_badge.calibration.replay import replay, score_exits
 from transformers_badge.inference import onnx_export
 from transformers_badge.inference.exit_logits import check_table_of_model
@@ -24,6 +31,7 @@ from transformers_badge.inference.onnx_export import _trace_stages
 from transformers_badge.inference.onnx_stages import GRAPH, LEXICAL
 from transformers_badge.inference.predictor import FORMAT, MANIFEST, digest_file, digest_weights
 from transformers_badge.inference.rowwise_int8 import quantize_rowwise
+from transformers_badge.inference.stage_modules import unused_sizes
 
 
 LENGTHS = [1, 5, 60, 33, 12, 7, 90, 2, 3, 44] * 5
@@ -103,6 +111,16 @@ def test_logits_and_exit_layers_are_the_models(every_family, tmp_path):
     assert np.abs(other(**pad(rows)).exit_logits.detach().numpy() - full.exit_logits).max() > 0.1
 
 
+def test_graphs_are_traced_with_sizes_that_nothing_else_has(every_family):
+    # With as many rows as labels the exporter would take the two for one.
+    for num_labels in range(2, 12):
+        model = BadgeForSequenceClassification(tiny_config(every_family, num_labels=num_labels, lexical_exit=True))
+        sizes = unused_sizes(model)
+        assert len(set(sizes)) == 2
+        assert min(sizes) > 1  # one row is a case of its own
+        assert not {num_labels, 4, 8, 32, 64, 100} & set(sizes)  # labels, heads, their width, ..., the vocabulary
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -110,6 +128,7 @@ def test_logits_and_exit_layers_are_the_models(every_family, tmp_path):
         {"bypass_size": 0},
         {"num_labels": 1, "problem_type": "regression"},
         {"num_labels": 4, "problem_type": "multi_label_classification"},
+        {"num_labels": 5, "lexical_exit": True, "lexical_ignored_ids": []},
     ],
     ids=lambda fields: " ".join(map(str, fields.values())),
 )

@@ -18,6 +18,7 @@ from transformers_badge.inference.stage_modules import (
     FirstBlocksAndExit,
     block_arguments,
     name_arguments,
+    unused_sizes,
 )
 from transformers_badge.model.loss_badge import infer_problem_type
 from transformers_badge.model.modeling_badge import BadgeForSequenceClassification
@@ -63,14 +64,10 @@ class CompiledStages(NamedStages):
 
     def compile(self) -> "CompiledStages":
         """Compile every stage now, not when it is first met."""
-        # Sizes that the model has nowhere: torch takes those that are equal in an example to be always equal. For
-        # single rows it makes graphs of their own.
-        taken = {size for tensor in self._model.state_dict().values() for size in tensor.shape}
-        taken |= {value for value in self._model.config.encoder_config.to_dict().values() if isinstance(value, int)}
-        several, tokens = [size for size in range(2, len(taken) + 4) if size not in taken][:2]
+        several, tokens = unused_sizes(self._model)
         # The stages of all models in a process share code, and torch gives up on code that it has compiled eight times.
         with torch._dynamo.config.patch(recompile_limit=_MANY, accumulated_recompile_limit=_MANY):
-            for rows in (several, 1):
+            for rows in (several, 1):  # single rows have graphs of their own
                 ids = np.zeros((rows, tokens), np.int64)
                 state = self.embed(self.begin_padded(ids, np.ones_like(ids)))
                 for layer in self.exit_layers:

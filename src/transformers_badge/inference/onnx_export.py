@@ -26,13 +26,13 @@ from transformers_badge.inference.stage_modules import (
     FirstBlocksAndExit,
     block_arguments,
     name_arguments,
+    unused_sizes,
 )
 from transformers_badge.model.loss_badge import infer_problem_type
 from transformers_badge.model.outputs_badge import BlockState
 
 
 PRECISIONS = ("fp32", "int8")
-_ROWS, _TOKENS = 5, 11  # of the batch that graphs are traced with
 _TOLERANCE = 1e-4  # between logits of the graphs and of the model, in fp32
 
 
@@ -146,10 +146,10 @@ def _trace_stages(model: Any) -> dict[str, Any]:
 
     What the stage of an exit hands on is what the next is traced with.
     """
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.config.get_text_config().vocab_size, (_ROWS, _TOKENS), generator=generator)
+    generator, (rows, tokens) = torch.Generator().manual_seed(0), unused_sizes(model)
+    ids = torch.randint(0, model.config.get_text_config().vocab_size, (rows, tokens), generator=generator)
     mask = torch.ones_like(ids)
-    mask[1, 4:] = 0
+    mask[1, 1:] = 0
     types = torch.zeros_like(ids)
     state: dict[str, Tensor] = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
     inputs = {"input_ids": ids, "inputs_embeds": None, "token_type_ids": types}
@@ -162,7 +162,7 @@ def _trace_stages(model: Any) -> dict[str, Any]:
         given: dict[str, Any] = {key: state[key] for key in takes if key in state}
         if isinstance(stage, BlocksAndExit):
             given["arguments"] = [state[key] for key in name_arguments(arguments)]
-        traced[name], outputs = _trace(stage, given)
+        traced[name], outputs = _trace(stage, given, {rows: "rows", tokens: "tokens"})
         state.update(outputs)
 
     if model.config.lexical_exit:
@@ -178,8 +178,16 @@ def _trace_stages(model: Any) -> dict[str, Any]:
     return traced
 
 
-def _trace(stage: nn.Module, inputs: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
-    """The graph of a stage, with rows and tokens left open, and what the stage makes of these inputs."""
+def _trace(stage: nn.Module, inputs: dict[str, Any], open_axes: dict[int, str]) -> tuple[Any, dict[str, Tensor]]:
+    """The graph of a stage, and what the stage makes of these inputs.
+
+    Args:
+        open_axes: the names, by their sizes here, of the axes that are of any size in the graph.
+    """
+
+    def name_axes(tensor: Tensor) -> dict[int, str]:
+        return {axis: open_axes[size] for axis, size in enumerate(tensor.shape) if size in open_axes}
+
     outputs: dict[str, Tensor] = stage(**inputs)
     names: list[str] = []
     for key, value in inputs.items():
@@ -190,18 +198,12 @@ def _trace(stage: nn.Module, inputs: dict[str, Any]) -> tuple[Any, dict[str, Ten
             kwargs=inputs,
             input_names=names,
             output_names=[RENEWED + name if name in names else name for name in outputs],  # no name twice
-            dynamic_shapes=tree_map(_open_axes, inputs),
+            dynamic_shapes=tree_map(name_axes, inputs),
             dynamo=True,
             verbose=False,
         )
     assert program is not None
     return program.model_proto, outputs
-
-
-def _open_axes(tensor: Tensor) -> dict[int, str]:
-    """Rows and tokens, by the sizes that nothing else has; `_compare` would see it if something had."""
-    names = {_ROWS: "rows", _TOKENS: "tokens"}
-    return {axis: names[size] for axis, size in enumerate(tensor.shape) if size in names}
 
 
 @contextmanager

@@ -89,6 +89,20 @@ def run_to_exit(model: Any, exit_index: int, state: BlockState) -> dict[str, Ten
     return present(hidden_states=state.hidden_states, bypass_state=state.bypass_state, logits=logits)
 
 
+def unused_sizes(model: Any) -> tuple[int, int]:
+    """How many rows and tokens an example has to have for its axes to be told apart by their sizes.
+
+    Neither is a size of anything in the model, such as its number of labels: what is of one size in an example is taken
+    to be so always.
+    """
+    config = model.config.get_text_config()
+    taken = {size for tensor in model.state_dict().values() for size in tensor.shape}
+    taken |= {value for value in config.to_dict().values() if isinstance(value, int)}
+    taken.add(config.hidden_size // config.num_attention_heads)
+    rows, tokens = [size for size in range(2, len(taken) + 4) if size not in taken][:2]
+    return rows, tokens
+
+
 def block_arguments(model: Any, hidden_states: Any, attention_mask: Tensor, position_ids: Any) -> dict[str, Any]:
     """What the blocks of this family need besides the hidden states."""
     made: dict[str, Any] = model.adapter.block_arguments(model.encoder, hidden_states, attention_mask, position_ids)
