@@ -311,7 +311,7 @@ def _full_depth(
 ) -> ExitPolicy:
     """The answer where nothing meets the demand: full depth, with what it would take."""
     full = counting(table)(np.full(len(table), table.exit_logits.shape[1] - 1))
-    needed = None
+    needed, instead = None, "a larger risk"
     if demand.min_class_accuracy is not None and replace(demand, max_risk=None).p_value(full) > demand.level:
         p_values = demand.class_p_values(full)
         worst = int(np.argmax(p_values))
@@ -320,7 +320,7 @@ def _full_depth(
             "not even full depth can be shown to meet it "
             f"(class {table.label_names[worst]!r} has {right:,} of {rows:,} rows right at full depth)"
         )
-        needed = demand.rows_needed(full)
+        needed, instead = demand.rows_needed(full), "a lower min_class_accuracy"
     elif strictest is None:
         why = f"criterion {policy.criterion!r} lets no row leave at any threshold"
     else:
@@ -328,10 +328,10 @@ def _full_depth(
         needed = demand.rows_needed(strictest)
     certificate: dict[str, Any] = {"met": False, **demand_facts(demand), **facts}
     if needed is None:
-        advice = "more rows of this kind would not change that: allow a larger risk, or train better exits"
+        advice = f"more rows of this kind would not change that: allow {instead}, or train a better model"
     else:
         total, present = (count * (2 if halved else 1) for count in (max(needed, len(table) + 1), len(table)))
-        advice = f"it would take about {total:,} rows, {total - present:,} more, or a larger risk"
+        advice = f"it would take about {total:,} rows, {total - present:,} more, or {instead}"
         certificate["rows_needed"] = total
     summary = (
         f"The policy runs at full depth: asked was, with {percent(demand.confidence)} confidence, that "

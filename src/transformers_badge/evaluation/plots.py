@@ -47,6 +47,10 @@ def plot_criteria(record: dict[str, Any], path: Path, title: str = "") -> None:
                   label=f"{name.replace('_', ' ')} ({100 * entry['area']:.1f})", zorder=3 if bold else 2)  # fmt: skip
         if bold:
             axes.fill_between(speedups, low, high, color=color, alpha=0.12, lw=0, zorder=1)
+    axes.set_xscale("log")  # with exit 0 the axis goes far, and what people want lies at its beginning
+    ticks = [tick for tick in (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48) if tick <= speedups[-1]]
+    axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
+    axes.minorticks_off()
     axes.set_xlabel("layer speedup (cost of full depth / mean cost)")
     axes.set_ylabel(f"{record['measure']} (%)")
     axes.set_title(title, fontsize=10, loc="left")
