@@ -403,8 +403,9 @@ def plain_features(path):
     here, earlier = path[-1], path[:-1]
     winner = here.index(max(here))
     own = [log_odds(p[winner]) for p in path]
+    leads = [math.log(p[winner] / max(x for label, x in enumerate(p) if label != winner)) for p in path]
     if not earlier:
-        return [own[0], math.sqrt(max(own[0], 0)), 0, 0, 0, 0]
+        return [own[0], math.sqrt(leads[0]), 0, 0, 0, 0]
 
     def h(p):
         return -sum(x * math.log(x) for x in p if x)
@@ -412,9 +413,9 @@ def plain_features(path):
     mixture = [(x + y) / 2 for x, y in zip(here, earlier[-1], strict=True)]
     return [
         own[-1],
-        math.sqrt(max(own[-1], 0)),
+        math.sqrt(leads[-1]),
         own[-2],
-        sum(own[:-1]) / len(earlier),
+        sum(leads[:-1]) / len(earlier),
         sum(p.index(max(p)) == winner for p in earlier) / len(earlier),
         h(mixture) - (h(here) + h(earlier[-1])) / 2,
     ]

@@ -12,12 +12,13 @@ import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-# What is read of the exits so far; log-odds are of the class that this exit predicts.
+# What is read of the exits so far, all of it about the class that this exit predicts. Its lead is the logarithm of how
+# many times as probable it is as the most probable other class: with two classes that is its log-odds.
 FEATURES = (
     "log-odds at this exit",
-    "square root of the log-odds at this exit",
+    "square root of the lead at this exit",
     "log-odds at the exit before",
-    "mean log-odds at the earlier exits",
+    "mean lead at the earlier exits",
     "share of the earlier exits that predict the same class",
     "Jensen-Shannon divergence from the exit before",
 )
@@ -31,21 +32,20 @@ def rule_features(probabilities: Array) -> Array:
 
     At the first exit the features of earlier exits are 0. Where a probability of any exit is NaN, features are NaN.
     """
-    earlier = probabilities.shape[-2] - 1
-    if earlier:
-        predicted = probabilities.argmax(axis=-1)
-        here = np.arange(probabilities.shape[-1]) == predicted[..., -1:, None]
-        own = (probabilities * here).sum(axis=-1)  # of the class predicted here
-    else:
-        own = probabilities.max(axis=-1)
-    own = _within(own, _LEAST, 1 - _LEAST)
-    odds = np.log(own / (1 - own))
+    exits, classes = probabilities.shape[-2:]
+    earlier = exits - 1
+    predicted = probabilities.argmax(axis=-1)
+    here = np.arange(classes) == predicted[..., -1:, None]
+    own = _within((probabilities * here).sum(axis=-1), _LEAST, 1 - _LEAST)  # of the class predicted at this exit
+    odds = lead = np.log(own / (1 - own))
+    if classes > 2:
+        lead = np.log(own / _within((probabilities * ~here).max(axis=-1), _LEAST, 1 - _LEAST))
     features = np.zeros((*odds.shape[:-1], len(FEATURES)))
     features[..., 0] = odds[..., -1]
-    features[..., 1] = np.sqrt(np.maximum(odds[..., -1], 0))
+    features[..., 1] = np.sqrt(np.maximum(lead[..., -1], 0))
     if earlier:
         features[..., 2] = odds[..., -2]
-        features[..., 3] = odds[..., :-1].sum(axis=-1) / earlier
+        features[..., 3] = lead[..., :-1].sum(axis=-1) / earlier
         features[..., 4] = (predicted[..., :-1] == predicted[..., -1:]).sum(axis=-1) / earlier
         before, now = probabilities[..., -2, :], probabilities[..., -1, :]
         # H of the mean, less the mean of the two H, in one sum over the classes.
