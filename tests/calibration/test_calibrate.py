@@ -182,36 +182,37 @@ def test_rows_to_learn_from_leave_all_rows_to_certify():
     table, others = made_up(800, 4), made_up(1200, 4, seed=1)
     policy = calibrate(table, max_risk=0.05, learn_from=others)
     assert (policy.certificate["rows"], policy.certificate["rows_searched"]) == (800, 1200)
-    assert policy.rule == fit_rule(others)
-    assert policy.rule != fit_rule(table)
+    assert policy.rule == fit_rule(others, goal="disagreement")
+    assert policy.rule != fit_rule(table, goal="disagreement")
 
 
 @pytest.mark.parametrize(
-    ("demand", "teacher"),
+    ("demand", "goal"),
     [
-        ({"risk": "disagreement"}, "last exit"),
-        ({"risk": "error_increase"}, "labels"),
-        ({"risk": "disagreement", "min_class_accuracy": 0.5}, "labels"),
+        ({"risk": "disagreement"}, "disagreement"),
+        ({"risk": "error_increase"}, "labelled_regret"),
+        ({"risk": "disagreement", "min_class_accuracy": 0.5}, "labelled_regret"),
     ],
 )
-def test_labels_teach_the_rule_where_the_demand_is_about_right_answers(demand, teacher):
+def test_labels_teach_the_rule_where_the_demand_is_about_right_answers(demand, goal):
     table = made_up(800, 4)
     halves = np.random.default_rng(0).permutation(800)
     search = table.select(np.sort(halves[:400]))
-    rules = {"labels": fit_rule(search, from_labels=True), "last exit": fit_rule(search)}
-    assert rules["labels"] != rules["last exit"]
-    assert calibrate(table, max_risk=0.1, **demand).rule == rules[teacher]
+    rules = {goal: fit_rule(search, goal=goal) for goal in ("disagreement", "regret", "labelled_regret")}
+    assert len(set(rules.values())) == 3
+    assert calibrate(table, max_risk=0.1, **demand).rule == rules[goal]
     # rows that may have been trained on: never the labels
     others = made_up(1200, 4, seed=1)
-    assert calibrate(table, max_risk=0.1, learn_from=others, **demand).rule == fit_rule(others)
+    unlabelled = "regret" if goal == "labelled_regret" else goal
+    assert calibrate(table, max_risk=0.1, learn_from=others, **demand).rule == fit_rule(others, goal=unlabelled)
 
 
 def test_rows_that_are_shared_are_not_learned_from():
     table, others = with_digests(made_up(800, 4)), with_digests(made_up(1200, 4, seed=1), first=500)
     policy = calibrate(table, max_risk=0.05, learn_from=others)
     assert (policy.certificate["rows"], policy.certificate["rows_searched"]) == (800, 900)
-    assert policy.rule == fit_rule(others.select(slice(300, None)))
-    assert policy.rule != fit_rule(others)
+    assert policy.rule == fit_rule(others.select(slice(300, None)), goal="disagreement")
+    assert policy.rule != fit_rule(others, goal="disagreement")
     with pytest.raises(ValueError, match="All rows of learn_from are in the table too"):
         calibrate(table, max_risk=0.05, learn_from=table.select(slice(0, 100)))
 
@@ -506,7 +507,7 @@ def test_a_learned_part_is_fitted_anew_for_new_temperatures():
     both = ExitPolicy(criterion="any_of", parts=[part, {"criterion": "margin", "threshold": 0.1}])
     learned = calibrate(table, both, max_risk=0.1, temperature=True).parts[0]
     search = _halves(table, seed=0)[0]
-    assert learned.rule == fit_rule(search, learned.temperature) != part.rule
+    assert learned.rule == fit_rule(search, learned.temperature, "disagreement") != part.rule
     assert calibrate(table, both, max_risk=0.1).parts[0] == part
 
 

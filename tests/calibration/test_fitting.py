@@ -13,7 +13,7 @@ from transformers_badge.calibration.fitting import expected_correctness, fit_rul
 from transformers_badge.calibration.replay import agreement, answers, at_exits, correctness, score_exits
 from transformers_badge.exit_table import ExitTable
 from transformers_badge.model.criteria_badge import exit_probabilities
-from transformers_badge.model.exit_rule_badge import FEATURES, rule_scores
+from transformers_badge.model.exit_rule_badge import FEATURES, rule_features, rule_scores
 
 
 FACTORS = np.array([4.0, 0.25, 1.0, 2.0])  # the truth of `calibrated`
@@ -106,10 +106,36 @@ def test_a_rule_can_be_fitted_to_one_row_and_to_one_class():
     assert np.isfinite(fit_rule(single)).all()
 
 
-def test_a_rule_needs_no_labels_and_does_not_read_them():
+@pytest.mark.parametrize("goal", ["disagreement", "regret"])
+def test_a_rule_needs_no_labels_and_does_not_read_them(goal):
     table = made_up(300, 4)
-    assert fit_rule(table) == fit_rule(replace(table, labels=None)) == fit_rule(replace(table, labels=1 - table.labels))
-    assert fit_rule(table) != fit_rule(table.select(slice(0, 299)))
+    rule = fit_rule(table, goal=goal)
+    assert rule == fit_rule(replace(table, labels=None), goal=goal)
+    assert rule == fit_rule(replace(table, labels=1 - table.labels), goal=goal)
+    assert rule != fit_rule(table.select(slice(0, 299)), goal=goal)
+
+
+def test_a_rule_for_disagreement_minds_other_answers_though_the_last_exit_is_torn():
+    """Five classes, and a last exit that is often torn: to it another answer is then no regret, but it is another."""
+
+    def torn(seed):
+        generator = np.random.default_rng(seed)
+        says = generator.normal(0, 1, (3000, 1, 5)).repeat(3, axis=1)
+        heard = generator.normal(0, [[[1.0], [0.5], [0.0]]], (3000, 3, 5))
+        scale = generator.choice([0.3, 3.0], (3000, 1, 1))  # torn or sure
+        return ExitTable(exit_logits=(says + heard) * scale, exit_layers=(1, 2, 3))
+
+    table, others = torn(0), torn(1)
+    ranks = {
+        goal: ranking(others, ExitPolicy(criterion="learned", rule=fit_rule(table, goal=goal)))
+        for goal in ("disagreement", "regret")
+    }
+    assert ranks["disagreement"] > ranks["regret"] + 0.05
+    assert ranks["disagreement"] > 0.6
+    # the control: where nobody is torn they are after the same
+    sure = [replace(made, exit_logits=made.exit_logits * 20) for made in (torn(0), torn(1))]
+    near = [ranking(sure[1], ExitPolicy(criterion="learned", rule=fit_rule(sure[0], goal=goal))) for goal in ranks]
+    assert abs(near[0] - near[1]) < 0.03
 
 
 @pytest.mark.parametrize("make", [made_up, made_up_several])
@@ -127,14 +153,14 @@ def test_labels_teach_a_rule_what_a_bad_last_exit_cannot(make):
         return mannwhitneyu(scores[~right], scores[right]).statistic / ((~right).sum() * right.sum())
 
     table, others = spoiled(0), spoiled(1)
-    labelled, unlabelled = fit_rule(table, from_labels=True), fit_rule(table)
+    labelled, unlabelled = fit_rule(table, goal="labelled_regret"), fit_rule(table)
     assert tells_wrong(labelled, others) > 0.75
     assert tells_wrong(unlabelled, others) < tells_wrong(labelled, others) - 0.05
     # the control: labels that have nothing to do with the exits teach nothing
     shuffled = replace(table, labels=np.random.default_rng(0).permutation(table.labels))
-    assert tells_wrong(fit_rule(shuffled, from_labels=True), others) < tells_wrong(labelled, others) - 0.05
+    assert tells_wrong(fit_rule(shuffled, goal="labelled_regret"), others) < tells_wrong(labelled, others) - 0.05
     with pytest.raises(ValueError, match="The exit table has no labels"):
-        fit_rule(replace(table, labels=None), from_labels=True)
+        fit_rule(replace(table, labels=None), goal="labelled_regret")
 
 
 def test_a_rule_is_fitted_at_the_temperatures_that_it_is_for():
@@ -154,6 +180,22 @@ def test_scores_of_a_rule_are_between_0_and_1_however_far_it_goes():
     assert (np.diff(scores[:-1]) >= 0).all()
     assert (scores[:-1] > 0).all()
     assert (scores[:-1] < 1).all()
+
+
+def test_a_lead_is_over_the_most_probable_other_class():
+    probabilities = np.array([[[0.2, 0.5, 0.3], [0.6, 0.3, 0.1]], [[0.4, 0.4, 0.2], [0.2, 0.1, 0.7]]])
+    features = dict(zip(FEATURES, rule_features(probabilities).T, strict=True))
+    np.testing.assert_allclose(features["log-odds at this exit"], np.log([0.6 / 0.4, 0.7 / 0.3]))
+    np.testing.assert_allclose(features["square root of the lead at this exit"], np.sqrt(np.log([2, 3.5])))
+    np.testing.assert_allclose(features["log-odds at the exit before"], np.log([0.2 / 0.8, 0.2 / 0.8]))
+    np.testing.assert_allclose(features["mean lead at the earlier exits"], np.log([0.2 / 0.5, 0.2 / 0.4]))
+    # With two classes it is the log-odds, to the bit; and a third that nobody thinks of changes nothing.
+    two = np.random.default_rng(0).dirichlet([1, 1], (50, 3))
+    features = rule_features(two)
+    np.testing.assert_array_equal(features[:, 1], np.sqrt(features[:, 0]))
+    three = np.concatenate([two, np.full((50, 3, 1), 1e-12)], axis=-1)
+    np.testing.assert_allclose(rule_features(three), features, atol=1e-5)
+    assert np.isnan(rule_features(np.array([[np.nan, 0.5, 0.5]]))[:2]).all()
 
 
 def test_a_model_with_one_exit_has_nothing_to_learn():

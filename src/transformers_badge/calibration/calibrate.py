@@ -19,7 +19,7 @@ import numpy as np
 from transformers_badge.calibration.bounds import binomial_bounds, paired_upper_bound
 from transformers_badge.calibration.certificate import demand_facts, demanded, observed, percent, summarise
 from transformers_badge.calibration.demand import RISKS, Counts, Demand, Risk, counting, losses_at_exits
-from transformers_badge.calibration.fitting import fit_rule, fit_temperatures
+from transformers_badge.calibration.fitting import Goal, fit_rule, fit_temperatures
 from transformers_badge.calibration.replay import (
     at_exits,
     layer_speedup,
@@ -99,9 +99,11 @@ def calibrate(
     if searching:
         search, certify = _halves(table, seed) if learn_from is None else (learn_from, table)
     if search is not None:
-        # Rows that were trained on say too much for the exits that know them.
-        from_labels = learn_from is None and (risk == "error_increase" or min_class_accuracy is not None)
-        policy = _learned_parts(search, policy, temperature, from_labels)
+        goal: Goal = "disagreement"
+        if risk == "error_increase" or min_class_accuracy is not None:
+            # Labels of rows that were trained on say too much for the exits that know them.
+            goal = "labelled_regret" if learn_from is None else "regret"
+        policy = _learned_parts(search, policy, temperature, goal)
     assert policy is not None
     tried = _candidates(search, policy, demand, per_exit)
     facts = {"rows": len(certify), "rows_searched": 0 if search is None else len(search), "data": table.data,
@@ -261,11 +263,11 @@ def _halves(table: ExitTable, seed: int) -> tuple[ExitTable, ExitTable]:
     return table.select(np.sort(order[:half])), table.select(np.sort(order[half:]))
 
 
-def _learned_parts(search: ExitTable, policy: ExitPolicy | None, temperature: bool, from_labels: bool) -> ExitPolicy:
+def _learned_parts(search: ExitTable, policy: ExitPolicy | None, temperature: bool, goal: Goal) -> ExitPolicy:
     temperatures = fit_temperatures(search) if temperature else None
 
     def fitted() -> tuple[tuple[float, ...], ...]:
-        return fit_rule(search, temperatures, from_labels=from_labels)
+        return fit_rule(search, temperatures, goal)
 
     def at_temperatures(policy: ExitPolicy) -> ExitPolicy:
         """The policy, or all of its parts, with these temperatures."""

@@ -1,6 +1,6 @@
 """What is learned from an exit table: the learned criterion's rule, temperatures, and how often who is right."""
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from scipy.optimize import minimize, minimize_scalar
@@ -14,6 +14,9 @@ from transformers_badge.model.exit_rule_badge import rule_features
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
+# What a rule learns to predict; see `fit_rule`.
+Goal = Literal["disagreement", "regret", "labelled_regret"]
+
 _TEMPERATURES = (0.05, 20.0)
 # Penalties of the squared weights over standardised features: of the rule that all exits share, and of what an exit
 # departs from it (its constant may depart further). Chosen on exit tables of 400 to 2,000 rows.
@@ -22,21 +25,21 @@ _POOL_PENALTY = 1e-3  # of the squared weights of exits in the pool, beside the 
 
 
 def fit_rule(
-    table: ExitTable, temperature: float | tuple[float, ...] | None = None, *, from_labels: bool = False
+    table: ExitTable, temperature: float | tuple[float, ...] | None = None, goal: Goal = "regret"
 ) -> tuple[tuple[float, ...], ...]:
     """Fit the learned criterion: at every exit but the last a logistic regression on the features of the exits so far.
 
-    What it predicts is by how much less probable a teacher holds this exit's answer than the teacher's own. That is 0
-    where they agree, and little where the teacher is torn itself, so that it says more than a count of disagreements.
-    No labels are needed: the last exit is the teacher. Where answers are to be right rather than the last exit's, the
-    better one is the mean of the last exit and of all exits together, weighted as the labels teach (see
-    `expected_correctness`): what is lost is still counted against the last exit. Exits share most of their rule, which
-    keeps it sound where few rows disagree.
+    An answer's regret is by how much less probable a teacher holds it than the teacher's own. That is 0 where they
+    agree, and little where the teacher is torn itself. Exits share most of their rule, which keeps it sound where few
+    rows disagree.
 
     Args:
-        table: rows like those to come. They may have been trained on, if the last exit is the teacher.
+        table: rows like those to come. They may have been trained on, but for the goal `"labelled_regret"`.
         temperature: of the policy that the rule is for.
-        from_labels: labels have a part in the teacher.
+        goal: what is predicted. `"regret"`: that of the last exit. `"disagreement"`: the mean of whether the last exit
+            answers otherwise and of its regret, which is less noisy; best where answers are to be those of the last
+            exit. `"labelled_regret"`, best where they are to be right: the teacher is the mean of the last exit and of
+            all exits together, weighted as the labels teach (see `expected_correctness`). The others need no labels.
 
     Returns:
         `ExitPolicy.rule`: (exits - 1, features + 1).
@@ -50,21 +53,23 @@ def fit_rule(
         raise ValueError("The model has one exit only: there is nothing to learn, and nowhere to leave early.")
     pairs = probabilities.reshape(-1, exits, classes)  # a row of several labels asks several questions
     teacher = probabilities[..., -1, :]
-    if from_labels:
+    if goal == "labelled_regret":
         teacher = (teacher + _pooled(probabilities, _truth(table))) / 2
     teacher, each = teacher.reshape(-1, classes), np.arange(len(pairs))
     features, goals = [], []
     for index in range(exits - 1):
         features.append(rule_features(pairs[:, : index + 1]))
-        goals.append(teacher.max(axis=-1) - teacher[each, pairs[:, index].argmax(axis=-1)])
+        answer = pairs[:, index].argmax(axis=-1)
+        aim = teacher.max(axis=-1) - teacher[each, answer]
+        goals.append((aim + (answer != teacher.argmax(axis=-1))) / 2 if goal == "disagreement" else aim)
     center, spread = np.mean(features, axis=(0, 1)), np.std(features, axis=(0, 1))
     spread = np.where(spread < 1e-9, 1.0, spread)  # a feature that never changes gets no weight
     inputs = [(part - center) / spread for part in features]
     nothing = np.zeros(len(center) + 1)
     shared = _logistic(np.concatenate(inputs), np.concatenate(goals), nothing, _SHARED, 0.0)
     rule = []
-    for part, goal in zip(inputs, goals, strict=True):
-        fitted = _logistic(part, goal, shared, _DEPARTURE, _CONSTANT)
+    for part, aim in zip(inputs, goals, strict=True):
+        fitted = _logistic(part, aim, shared, _DEPARTURE, _CONSTANT)
         weights = fitted[:-1] / spread
         rule.append((*map(float, weights), float(fitted[-1] - weights @ center)))
     return tuple(rule)

@@ -51,7 +51,9 @@ def evaluate(
         record["machine"] = describe_machine()
         record["timing"] = _time(model, tokenizer, rows, table)
     files = write_report(record, output_dir)
-    shown = Table(Column("criterion", no_wrap=True, min_width=19), *[f"lost <= {100 * loss:g}" for loss in LOSSES], "area")
+    shown = Table(
+        Column("criterion", no_wrap=True, min_width=19), *[f"lost <= {100 * loss:g}" for loss in LOSSES], "area"
+    )
     for name, entry in sorted(record["criteria"].items(), key=lambda entry: -entry[1]["area"]):
         speedups = [f"{entry['speedup_at_loss'][str(loss)]:.2f}x" for loss in LOSSES]
         shown.add_row(name, *speedups, f"{100 * entry['area']:.2f}")
@@ -65,7 +67,7 @@ def _time(model: Any, tokenizer: Any, rows: Any, table: Any) -> dict[str, Any]:
     from tqdm.auto import tqdm
 
     from transformers_badge.calibration.fitting import fit_rule
-    from transformers_badge.evaluation.curves import compared_policies
+    from transformers_badge.evaluation.curves import compared_policies, goal_of
     from transformers_badge.evaluation.timed import ROUNDS, time_policies
     from transformers_badge.inference.predict import token_limit
     from transformers_badge.model.policy_badge import ExitPolicy
@@ -73,7 +75,7 @@ def _time(model: Any, tokenizer: Any, rows: Any, table: Any) -> dict[str, Any]:
     policies = compared_policies(len(model.exit_layers))
     stored = model.config.exit_policy
     if stored.criterion != "learned":
-        stored = ExitPolicy(criterion="learned", rule=fit_rule(table, from_labels=table.labels is not None))
+        stored = ExitPolicy(criterion="learned", rule=fit_rule(table, goal=goal_of(table)))
     policies["learned"] = stored
     columns = [column[:TIMED_ROWS] for column in rows.columns]
     limit, device = token_limit(model, tokenizer), getattr(model, "device", "cpu")

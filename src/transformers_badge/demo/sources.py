@@ -37,6 +37,7 @@ SENTENCES = Package(
     "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
 )
 REVIEW_SETS = {"movies": "movieReviewSnippets", "products": "amazonReviewSnippets", "tweets": "tweets"}
+STARS = (-1.8, -0.6, 0.6, 1.8)
 
 
 def cache_directory() -> Path:
@@ -99,6 +100,27 @@ def read_reviews(name: str = "movies") -> tuple[list[str], Any]:
     Raises:
         OSError: the registry cannot be reached, or sent another file.
     """
+    rated = [(text, rating) for text, rating in _rated_sentences(name) if rating != 0]
+    order = np.random.default_rng(0).permutation(len(rated))
+    return [rated[i][0] for i in order], np.array([int(rated[i][1] > 0) for i in order])
+
+
+def read_ratings(name: str = "movies") -> tuple[list[str], Any]:
+    """The sentences of `read_reviews`, with those rated 0, in five classes: mean ratings cut at -1.8, -0.6, 0.6, 1.8.
+
+    Returns:
+        The texts, and their labels (rows,), 0 for the worst to 4 for the best.
+
+    Raises:
+        OSError: the registry cannot be reached, or sent another file.
+    """
+    rated = _rated_sentences(name)
+    order = np.random.default_rng(0).permutation(len(rated))
+    return [rated[i][0] for i in order], np.digitize([rated[i][1] for i in order], STARS)
+
+
+def _rated_sentences(name: str) -> list[tuple[str, float]]:
+    """Sentences with their mean rating, -4 to 4; fetched once."""
     target = cache_directory() / f"{name}.tsv"
     if not target.exists():
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
@@ -114,6 +136,4 @@ def read_reviews(name: str = "movies") -> tuple[list[str], Any]:
                 (Path(scratch) / "rows").write_bytes(content.read())
             os.replace(Path(scratch) / "rows", target)
     rows = [line.split("\t", 2) for line in target.read_text(encoding="latin-1").split("\n") if line.count("\t") >= 2]
-    rated = [(text.strip(), float(rating)) for _, rating, text in rows if float(rating) != 0]
-    order = np.random.default_rng(0).permutation(len(rated))
-    return [rated[i][0] for i in order], np.array([int(rated[i][1] > 0) for i in order])
+    return [(text.strip(), float(rating)) for _, rating, text in rows]

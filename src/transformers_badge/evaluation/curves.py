@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from transformers_badge.calibration.fitting import fit_rule
+from transformers_badge.calibration.fitting import Goal, fit_rule
 from transformers_badge.calibration.replay import agreement, correctness, score_exits, take_exits
 from transformers_badge.exit_table import ExitTable
 from transformers_badge.model.policy_badge import ExitPolicy
@@ -39,16 +39,16 @@ def compared_policies(exits: int) -> dict[str, ExitPolicy]:
     return {name: ExitPolicy.of({"criterion": name, **fields}) for name, fields in dials.items()}
 
 
-def cross_fitted_scores(table: ExitTable, seed: int = 0, *, from_labels: bool = False) -> Array:
+def cross_fitted_scores(table: ExitTable, seed: int = 0, goal: Goal = "regret") -> Array:
     """Scores of the learned criterion, (rows, exits), each row's by a rule that was fitted to the other half.
 
     Args:
-        from_labels: as in `fit_rule`.
+        goal: as in `fit_rule`.
     """
     half = np.random.default_rng(seed).permutation(len(table)) % 2 == 0
     scores = np.empty(table.exit_logits.shape[:2])
     for part in (half, ~half):
-        rule = fit_rule(table.select(~part), from_labels=from_labels)
+        rule = fit_rule(table.select(~part), goal=goal)
         scores[part] = score_exits(table.select(part), ExitPolicy(criterion="learned", rule=rule))
     return scores
 
@@ -130,6 +130,11 @@ def area(axis: Array, values: Array) -> float:
     """Mean of a curve over the speedups: the area under it, by its width."""
     width = np.ptp(axis)
     return float(np.trapezoid(values, axis) / width) if width else float(values.mean())
+
+
+def goal_of(table: ExitTable) -> Goal:
+    """What a rule had best learn for what `measure` shows of a table."""
+    return "disagreement" if table.labels is None else "labelled_regret"
 
 
 def measure(table: ExitTable) -> tuple[str, Array]:

@@ -22,6 +22,7 @@ from transformers_badge.evaluation.curves import (
     compared_policies,
     cross_fitted_scores,
     describe_criterion,
+    goal_of,
     measure,
     speedup_axis,
 )
@@ -61,7 +62,7 @@ def evaluate_table(table: ExitTable, policy: ExitPolicy, texts: Sequence[Any] | 
     if policy.criterion == "learned":
         scores["learned"] = score_exits(table, policy)
     elif len(table.exit_layers) > 1 and len(table) > 1:
-        scores["learned"] = cross_fitted_scores(table, from_labels=table.labels is not None)
+        scores["learned"] = cross_fitted_scores(table, goal=goal_of(table))
     record: dict[str, Any] = {
         "date": datetime.now(UTC).date().isoformat(),
         "rows": len(table),
