@@ -22,7 +22,7 @@ from transformers.utils import logging
 from plain_classifier import fine_tune_plainly
 from transformers_badge import BadgeForSequenceClassification, ExitPolicy, ExitTable, convert_classifier
 from transformers_badge.calibration.fitting import Goal, fit_rule
-from transformers_badge.calibration.replay import correctness, score_exits, take_exits
+from transformers_badge.calibration.replay import agreement, correctness, score_exits, take_exits
 from transformers_badge.demo.sources import encoder_path, read_ratings, read_reviews
 from transformers_badge.evaluation.curves import (
     LOSSES,
@@ -126,12 +126,13 @@ def compare(table: ExitTable) -> dict[str, Any]:
     """Every criterion on one model's table: what is learned and chosen on one half is measured on the other.
 
     The table is halved at random SPLITS times, and each half is measured once. Curves, of what is lost at a speedup,
-    are means over these.
+    are means over these. So is the speedup at which no more than so many answers differ from full depth.
     """
     axis, costs, blocks = speedup_axis(table), np.asarray(table.costs), table.blocks
     policies = compared_policies(len(table.exit_layers))
     scores = {name: score_exits(table, policy) for name, policy in policies.items()}
     lost: dict[str, list[Any]] = {name: [] for name in (*policies, *LEARNED)}
+    changed: dict[str, list[Any]] = {name: [] for name in lost}
     chosen: dict[str, list[Any]] = {name: [] for name in lost}
     for seed in range(SPLITS):
         order = np.random.default_rng(seed).permutation(len(table))
@@ -144,11 +145,14 @@ def compare(table: ExitTable) -> dict[str, Any]:
                 # The threshold is chosen on scores of rows that the rule was not fitted to.
                 cross_fitted = cross_fitted_scores(learn, seed, goal)
                 scored[name] = cross_fitted, score_exits(test, rule)
-            right, rows = correctness(test).astype(np.float64), np.arange(len(test))
+            right, same = correctness(test).astype(np.float64), agreement(test).astype(np.float64)
+            rows = np.arange(len(test))
             for name, (here, there) in scored.items():
                 taken = run_thresholds(there).taken
                 values = curve(costs[taken].mean(axis=1), right[rows, taken].mean(axis=1), blocks, axis)
                 lost[name].append(right[:, -1].mean() - values)
+                kept = curve(costs[taken].mean(axis=1), same[rows, taken].mean(axis=1), blocks, axis)
+                changed[name].append(1 - kept)
                 entries = []
                 for allowed in LOSSES:
                     exits = take_exits(there, [best_threshold(learn, here, allowed)] * len(costs))
@@ -162,6 +166,7 @@ def compare(table: ExitTable) -> dict[str, Any]:
             "lost": np.round(mean, 5).tolist(),
             "area_lost": round(area(axis, mean), 5),
             "speedup_at_loss": [round(speedup_at(axis, mean, allowed), 3) for allowed in LOSSES],
+            "speedup_at_change": [round(speedup_at(axis, np.mean(changed[name], axis=0), a), 3) for a in LOSSES],
             "chosen": {
                 "layer_speedup": np.round(blocks / blocks_run, 3).tolist(),
                 "lost": np.round(lost_then, 5).tolist(),

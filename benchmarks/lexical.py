@@ -25,7 +25,7 @@ from transformers.utils import logging
 from criteria import EPOCHS, MAX_TOKENS, SEEDS, SPLITS, parts_of, train
 from plain_classifier import fine_tune_plainly
 from transformers_badge import BadgeForSequenceClassification, ExitPolicy, ExitTable, make_exit_table
-from transformers_badge.calibration.fitting import fit_rule
+from transformers_badge.calibration.fitting import Goal, fit_rule
 from transformers_badge.calibration.replay import agreement, correctness, score_exits, take_exits
 from transformers_badge.demo.job import SPLITS as DEMO_SPLITS
 from transformers_badge.demo.sources import read_reviews
@@ -112,7 +112,7 @@ def measure(costs: Any, values: Any, full: Any, blocks: float, scored: Any) -> d
     }
 
 
-def with_criterion(table: ExitTable, criterion: str) -> Any:
+def with_criterion(table: ExitTable, criterion: str, goal: Goal = "regret") -> Any:
     """Scores of both halves: the learned criterion is fitted to the first, and scores its rows out of fold."""
     fixed = None if criterion == "learned" else score_exits(table, ExitPolicy.of({"criterion": criterion}))
 
@@ -120,8 +120,8 @@ def with_criterion(table: ExitTable, criterion: str) -> Any:
         if fixed is not None:
             return fixed[here], fixed[there]
         learn = table.select(here)
-        rule = ExitPolicy(criterion="learned", rule=fit_rule(learn))
-        return cross_fitted_scores(learn, seed), score_exits(table.select(there), rule)
+        rule = ExitPolicy(criterion="learned", rule=fit_rule(learn, goal=goal))
+        return cross_fitted_scores(learn, seed, goal), score_exits(table.select(there), rule)
 
     return scored
 
@@ -165,6 +165,7 @@ def compare(output_dir: Path, data: str, recipe: str, seed: int) -> dict[str, An
         entry[f"{kind}, {criterion}"] = measure(costs, correctness(table), full, table.blocks, scored)
         if recipe == "converted":
             everyone = np.ones(len(table))
+            scored = with_criterion(table, criterion, "disagreement")
             agreed = measure(costs, agreement(table), everyone, table.blocks, scored)
             entry[f"{kind}, {criterion}, agreement"] = agreed
     if recipe == "joint":

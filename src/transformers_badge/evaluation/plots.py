@@ -8,7 +8,7 @@ import numpy as np
 
 # Criteria that are drawn with their band; the others are thin lines.
 HIGHLIGHTED = {"learned": "#d1495b", "entropy": "#1f5fa8", "dge": "#2a9d6f", "fixed_depth": "#555555"}
-_OTHERS = ["#b8a1d9", "#e3a857", "#7fb7d4", "#c9c35f", "#d59bb4", "#8fbf9f", "#a38f7d", "#8d99ae", "#cf8f6b"]
+_OTHERS = ["#b8a1d9", "#e3a857", "#7fb7d4", "#c9c35f", "#d59bb4", "#8fbf9f", "#a38f7d", "#8d99ae", "#cf8f6b", "#5e548e"]
 
 
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Any, Any]:

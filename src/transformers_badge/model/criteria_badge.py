@@ -225,10 +225,10 @@ def fixed_depth(probabilities: Array, policy: "ExitPolicy") -> Array:
 
 
 def learned(probabilities: Array, policy: "ExitPolicy") -> Array:
-    """The policy's rule: how much less probable than its own answer the last exit would hold this one, as predicted.
+    """The policy's rule: how much would be lost by this answer against the last exit's, as predicted.
 
-    See `exit_rule_badge` for what is read and `calibration.fitting` for how it is fitted. What is predicted, and from
-    what, is our design; that a learned rule may decide is from BERxiT (Xin et al., EACL 2021).
+    See `exit_rule_badge` for what is read and `calibration.fitting` for what is predicted. Both are our design; that a
+    learned rule may decide is from BERxiT (Xin et al., EACL 2021).
     """
     rule = policy.rule or ()
     exit_index = probabilities.shape[-2] - 1

@@ -1,6 +1,6 @@
 """The learned criterion: at every exit a small logistic model of the exits so far.
 
-It predicts how little the last exit would think of this exit's answer, so that its score means the same at every exit.
+It predicts what this exit's answer would lose against the last exit's, so that its score means the same at every exit.
 The weights are plain numbers in the exit policy; they are fitted by the package (`calibration.fitting`), which a
 checkpoint does not need.
 """
@@ -54,7 +54,7 @@ def rule_features(probabilities: Array) -> Array:
 
 
 def rule_scores(features: Array, weights: Array) -> Array:
-    """A score in (0, 1), the predicted regret: (..., features) and weights (features + 1,) to (...)."""
+    """A score in (0, 1), the predicted loss: (..., features) and weights (features + 1,) to (...)."""
     # Clipped, so that no score is 0 or 1 by rounding; NaN stays NaN.
     # Not a matrix product, whose last bits depend on the number of rows.
     logit = _within((features * weights[:-1]).sum(axis=-1) + weights[-1], -30, 30)
