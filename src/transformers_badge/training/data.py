@@ -99,12 +99,11 @@ def labelled_rows(
             raise ValueError(f"Row {row + 1} of {source} has no label in column {label_name!r}.")
     if known is None and all(isinstance(label, float) for label in labels):
         return LabelledRows(columns, labels, None)
-    feature = table.features[label_name]
-    texts = [feature.int2str(label) if hasattr(feature, "int2str") else str(label) for label in labels]
+    texts = _label_texts(table, label_name, labels)
     whole = all(isinstance(label, int) for label in labels)
     names = (
         known
-        or getattr(feature, "names", None)
+        or getattr(table.features[label_name], "names", None)
         or sorted(set(texts), key=(lambda text: int(text) if whole and text.lstrip("-").isdigit() else text))
     )
     if len(names) < 2:
@@ -119,23 +118,34 @@ def labelled_rows(
 
 
 def class_indices(table: Any, label_name: str, names: Sequence[str], source: str) -> list[int]:
-    """Labels of a column as indices into class names that are given: whole numbers as they are, texts by name.
+    """Labels of a column as indices into class names that are given.
+
+    Labels go by name; whole numbers that are not all names themselves (as 1 to 5 are of classes "1" to "5") are
+    indices.
 
     Raises:
         ValueError: the column is missing, or holds a class that is not among the names.
     """
     _check_column(table, label_name, source)
-    index = {name: i for i, name in enumerate(names)}
-    indices = []
-    for row, label in enumerate(table[label_name]):
-        found = label if isinstance(label, int) and 0 <= label < len(names) else index.get(str(label))
-        if found is None:
-            raise ValueError(
-                f"Row {row + 1} of {source} has the class {label!r}, which is not among the model's: "
-                f"{', '.join(names)}."
-            )
-        indices.append(int(found))
-    return indices
+    labels, index = list(table[label_name]), {name: i for i, name in enumerate(names)}
+    indices = [index.get(text) for text in _label_texts(table, label_name, labels)]
+    if None in indices and all(isinstance(label, int) for label in labels):
+        indices = [label if 0 <= label < len(names) else None for label in labels]
+    if None in indices:
+        row = indices.index(None)
+        raise ValueError(
+            f"Row {row + 1} of {source} has the class {labels[row]!r}, which is not among the model's: "
+            f"{', '.join(names)}."
+        )
+    return [int(found) for found in indices if found is not None]
+
+
+def _label_texts(table: Any, label_name: str, labels: list[Any]) -> list[str]:
+    """Labels as texts: the names that the data set has for them, if any."""
+    names = getattr(table.features[label_name], "names", None)
+    if names is None:
+        return [str(label) for label in labels]
+    return [names[label] if isinstance(label, int) and 0 <= label < len(names) else str(label) for label in labels]
 
 
 def _check_column(table: Any, name: str, source: str) -> None:
