@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import datasets  # noqa: F401  # its log handler keeps the stderr of the moment, which must not be a test's
@@ -143,6 +144,23 @@ def test_pairs_and_numbers_can_be_trained_too(encoder, tmp_path, capsys):
     code, _, err = run(capsys, "predict", tmp_path / "out", file, "--output", tmp_path / "o.jsonl", *columns)
     assert code == 0, err
     assert isinstance(json.loads((tmp_path / "o.jsonl").read_text().splitlines()[0])["score"], float)
+    for command in (["calibrate"], ["evaluate", "--output-dir", tmp_path / "evaluation"]):
+        message = failing(capsys, command[0], tmp_path / "out", file, *command[1:], *columns, "--label-column", "score")
+        assert message.startswith("Error: This model predicts a number, for which it always runs at full depth")
+
+
+def test_star_ratings_mean_in_evaluation_what_they_meant_in_training(encoder, tmp_path, capsys):
+    file = tmp_path / "stars.csv"
+    words = {1: "awful", 3: "middling", 5: "superb"}
+    rows = [f"a {word} film number {i},{stars}" for i in range(20) for stars, word in words.items()]
+    file.write_text("text,label\n" + "\n".join(rows) + "\n")
+    code, _, err = run(capsys, "train", encoder, file, "--output-dir", tmp_path / "out", "--epochs", "8")
+    assert code == 0, err
+    code, _, err = run(capsys, "evaluate", tmp_path / "out", file, "--output-dir", tmp_path / "seen", "--no-timing")
+    assert code == 0, err
+    assert ExitTable.load(tmp_path / "seen" / "exit_table.safetensors").labels[:3].tolist() == [0, 1, 2]
+    record = json.loads((tmp_path / "seen" / "evaluation.json").read_text())
+    assert record["exits"][0]["accuracy"] > 0.9  # exit 0 has seen these words
 
 
 @pytest.fixture(scope="module")
@@ -352,6 +370,7 @@ def test_where_nothing_meets_the_demand_the_checkpoint_is_untouched(checkpoint, 
 def test_rows_that_were_trained_on_are_warned_of(checkpoint, data, capsys):
     with pytest.warns(UserWarning, match=r"About \d\d% of the rows were trained on"):
         run(capsys, "calibrate", checkpoint, data, "--max-risk", "0.2", "--dry-run")
+    assert warnings.formatwarning("So.", UserWarning, "file.py", 7) == "Warning: So.\n"  # no line of code
 
 
 def test_bad_calibrations_are_named_and_the_checkpoint_is_untouched(checkpoint, encoder, traffic, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """The command line: one small file per command; whatever is heavy is imported when a command runs."""
 
 import sys
+import warnings
 
 import typer
 
@@ -32,9 +33,10 @@ app.command()(demo)
 
 
 def main() -> None:
-    """Run the command line; what a user can mend is reported in one sentence, without a traceback."""
+    """Run the command line; what a user can mend is reported in one sentence, without a traceback or a line of code."""
     from huggingface_hub.errors import StrictDataclassError
 
+    warnings.formatwarning = lambda message, *_, **__: f"Warning: {message}\n"
     try:
         app()
     except (OSError, ValueError, TypeError, StrictDataclassError) as error:

@@ -19,7 +19,7 @@ def load_model(checkpoint: str) -> tuple[Any, Any]:
 
     Raises:
         OSError: nothing could be loaded.
-        ValueError: it is another kind of model, or predicts no classes.
+        ValueError: it is another kind of model.
     """
     from transformers_badge.inference.predictor import MANIFEST, BadgePredictor
 
@@ -41,9 +41,19 @@ def load_model(checkpoint: str) -> tuple[Any, Any]:
 
 
 def read_rows(data: str, text_column: list[str], label_column: str | None, model: Any) -> Rows:
-    """Rows of a file or a data set, with labels where there is a column of them."""
+    """Rows of a file or a data set, with labels where there is a column of them.
+
+    Raises:
+        OSError, ValueError: rows that cannot be read, or a model that predicts no classes.
+    """
+    from transformers_badge.model.loss_badge import infer_problem_type
     from transformers_badge.training.data import class_indices, load_table, text_columns
 
+    if infer_problem_type(model.config.problem_type, model.num_labels, None) == "regression":
+        raise ValueError(
+            "This model predicts a number, for which it always runs at full depth: there is nothing to choose or to "
+            "compare. transformers-badge predict takes it."
+        )
     table = load_table(data, skip_blank_lines=True)
     columns = text_columns(table, text_column, data)
     if label_column is None and "label" in table.column_names:
