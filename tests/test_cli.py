@@ -357,6 +357,22 @@ def test_calibrate_takes_the_exit_table_that_evaluate_leaves(checkpoint, traffic
     assert json.loads((tmp_path / "t" / "evaluation.json").read_text())["timing"]["full_depth_seconds"] > 0
 
 
+def test_a_model_that_gives_a_row_several_labels_is_compared_with_its_full_depth(encoder, traffic, tmp_path, capsys):
+    model = BadgeForSequenceClassification.from_encoder(
+        encoder, num_labels=3, problem_type="multi_label_classification"
+    )
+    model.save_pretrained(tmp_path / "several")
+    AutoTokenizer.from_pretrained(encoder).save_pretrained(tmp_path / "several")
+    options = ["--output-dir", tmp_path / "e", "--no-timing"]
+    code, printed, err = run(capsys, "evaluate", tmp_path / "several", traffic, *options)
+    assert code == 0, err
+    assert "points of agreement are lost, on 320 rows" in printed
+    message = failing(capsys, "evaluate", tmp_path / "several", traffic, *options, "--label-column", "label")
+    assert (
+        "The labels of a model that gives a row several are not read from a file: leave --label-column out" in message
+    )
+
+
 def test_where_nothing_meets_the_demand_the_checkpoint_is_untouched(checkpoint, traffic, capsys):
     before = files_of(checkpoint)
     code, printed, err = run(capsys, "calibrate", checkpoint, traffic, "--max-risk", "0.001")

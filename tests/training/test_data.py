@@ -61,3 +61,9 @@ def test_what_a_model_is_trained_on_is_what_it_is_measured_on(labels):
     rows = labelled_rows(table(labels), ["text"], "label", "rows.csv")
     assert class_indices(table(labels), "label", rows.names, "rows.csv") == rows.labels
     assert class_indices(table(labels[:1]), "label", rows.names, "rows.csv") == rows.labels[:1]
+
+
+@pytest.mark.parametrize("label", [["a", "b"], {"a": 1}])
+def test_a_label_that_is_no_single_class_is_named(label):
+    with pytest.raises(ValueError, match="Row 1 of rows.jsonl has the label .* must be a text or a whole number"):
+        labelled_rows(table([label, label]), ["text"], "label", "rows.jsonl")

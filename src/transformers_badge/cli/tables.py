@@ -49,14 +49,21 @@ def read_rows(data: str, text_column: list[str], label_column: str | None, model
     from transformers_badge.model.loss_badge import infer_problem_type
     from transformers_badge.training.data import class_indices, load_table, text_columns
 
-    if infer_problem_type(model.config.problem_type, model.num_labels, None) == "regression":
+    problem_type = infer_problem_type(model.config.problem_type, model.num_labels, None)
+    several = problem_type == "multi_label_classification"
+    if problem_type == "regression":
         raise ValueError(
             "This model predicts a number, for which it always runs at full depth: there is nothing to choose or to "
             "compare. transformers-badge predict takes it."
         )
+    if several and label_column is not None:
+        raise ValueError(
+            "The labels of a model that gives a row several are not read from a file: leave --label-column out, or "
+            "make an exit table with labels in Python (make_exit_table), save it, and give that."
+        )
     table = load_table(data, skip_blank_lines=True)
     columns = text_columns(table, text_column, data)
-    if label_column is None and "label" in table.column_names:
+    if label_column is None and "label" in table.column_names and not several:
         label_column = "label"
     if label_column is None:
         return Rows(columns, None)

@@ -97,6 +97,11 @@ def labelled_rows(
     for row, label in enumerate(labels):
         if label is None:
             raise ValueError(f"Row {row + 1} of {source} has no label in column {label_name!r}.")
+        if not isinstance(label, (str, int, float)):
+            raise ValueError(
+                f"Row {row + 1} of {source} has the label {label!r}, but a class must be a text or a whole number, and "
+                "a value to predict a fraction. Train a model that gives a row several labels in Python, with Trainer."
+            )
     if known is None and all(isinstance(label, float) for label in labels):
         return LabelledRows(columns, labels, None)
     texts = _label_texts(table, label_name, labels)
