@@ -154,7 +154,7 @@ def test_star_ratings_mean_in_evaluation_what_they_meant_in_training(encoder, tm
     words = {1: "awful", 3: "middling", 5: "superb"}
     rows = [f"a {word} film number {i},{stars}" for i in range(20) for stars, word in words.items()]
     file.write_text("text,label\n" + "\n".join(rows) + "\n")
-    code, _, err = run(capsys, "train", encoder, file, "--output-dir", tmp_path / "out", "--epochs", "8")
+    code, _, err = run(capsys, "train", encoder, file, "--output-dir", tmp_path / "out", "--epochs", "1")
     assert code == 0, err
     code, _, err = run(capsys, "evaluate", tmp_path / "out", file, "--output-dir", tmp_path / "seen", "--no-timing")
     assert code == 0, err
