@@ -34,9 +34,13 @@ def rule_features(probabilities: Array) -> Array:
     """
     exits, classes = probabilities.shape[-2:]
     earlier = exits - 1
-    predicted = probabilities.argmax(axis=-1)
-    here = np.arange(classes) == predicted[..., -1:, None]
-    own = _within((probabilities * here).sum(axis=-1), _LEAST, 1 - _LEAST)  # of the class predicted at this exit
+    if earlier or classes > 2:
+        predicted = probabilities.argmax(axis=-1)
+        here = np.arange(classes) == predicted[..., -1:, None]
+        own = (probabilities * here).sum(axis=-1)  # of the class predicted at this exit
+    else:
+        own = probabilities.max(axis=-1)
+    own = _within(own, _LEAST, 1 - _LEAST)
     odds = lead = np.log(own / (1 - own))
     if classes > 2:
         lead = np.log(own / _within((probabilities * ~here).max(axis=-1), _LEAST, 1 - _LEAST))
