@@ -42,8 +42,8 @@ from transformers_badge.training.fine_tune import fit, tokenize
 SEEDS, RECIPES, SPLITS = (0, 1, 2), ("joint", "converted"), 5
 # What a rule learns, with labels and without: as `calibrate` has it for the one risk and the other.
 LEARNED: dict[str, Goal] = {"learned": "labelled_regret", "learned_without_labels": "disagreement"}
-EPOCHS = {"movies": 2, "products": 3, "tweets": 3, "ratings": 1}
 RATINGS = "ratings"  # the movie reviews in five classes
+EPOCHS = {"movies": 2, "products": 3, "tweets": 3, RATINGS: 1}
 TASKS = [*itertools.product(("movies", "products", "tweets"), RECIPES), (RATINGS, "joint")]
 MAX_TOKENS, BATCH_SIZE, LEARNING_RATE = 128, 16, 1e-4
 # Shares of a data set, anew for every seed: joint models learn from the first two; the source of a converted one from

@@ -22,10 +22,22 @@ def mean_lost(models: list[dict[str, Any]], name: str) -> np.ndarray[Any, Any]:
     return np.mean([model["criteria"][name]["lost"] for model in models], axis=0)
 
 
+def over_entropy(
+    models: list[dict[str, Any]], name: str, index: int, measure: str = "speedup_at_loss"
+) -> np.ndarray[Any, Any]:
+    """The same over entropy's, of every model."""
+    return over_models(models, name, index, measure) / over_models(models, "entropy", index, measure)
+
+
+def mean_area(models: list[dict[str, Any]], name: str) -> float:
+    """The area that a criterion loses, mean over models."""
+    return float(np.mean([model["criteria"][name]["area_lost"] for model in models]))
+
+
 def with_ratio(models: list[dict[str, Any]], name: str, index: int, measure: str = "speedup_at_loss") -> str:
     """Mean layer speedup of a criterion, and its mean ratio to entropy's."""
-    own, entropy = (over_models(models, one, index, measure) for one in (name, "entropy"))
-    return f"{own.mean():.2f}x ({np.mean(own / entropy):.2f})"
+    speedups, ratios = (of(models, name, index, measure) for of in (over_models, over_entropy))
+    return f"{speedups.mean():.2f}x ({ratios.mean():.2f})"
 
 
 def change_rows(record: dict[str, Any]) -> list[list[str]]:
@@ -43,17 +55,15 @@ def change_rows(record: dict[str, Any]) -> list[list[str]]:
 def best_unfitted(models: list[dict[str, Any]]) -> str:
     """The criterion that loses the smallest area, of those that are not learned."""
     names = [name for name in models[0]["criteria"] if not name.startswith("learned")]
-    return min(names, key=lambda name: np.mean([model["criteria"][name]["area_lost"] for model in models]))
+    return min(names, key=lambda name: mean_area(models, name))
 
 
 def speedup_rows(models: list[dict[str, Any]], losses: list[float]) -> list[list[str]]:
     """A row per criterion, the smallest area lost first: speedup at each loss, with its ratio to entropy."""
-    names = sorted(models[0]["criteria"], key=lambda name: np.mean([m["criteria"][name]["area_lost"] for m in models]))
     rows = []
-    for name in names:
+    for name in sorted(models[0]["criteria"], key=lambda name: mean_area(models, name)):
         cells = [with_ratio(models, name, index) for index in range(len(losses))]
-        lost = np.mean([model["criteria"][name]["area_lost"] for model in models])
-        rows.append([name, *cells, f"{100 * lost:.2f}"])
+        rows.append([name, *cells, f"{100 * mean_area(models, name):.2f}"])
     return rows
 
 
@@ -107,10 +117,7 @@ def against_fixed_depth(record: dict[str, Any]) -> str:
 def write_criteria(root: Path, record: dict[str, Any], guarantee: dict[str, Any], machine: str) -> None:
     """Write docs/criteria.md and docs/images/criteria.png."""
     losses, models, several = record["losses"], record["models"], record["several_classes"]
-    gain, unlabelled = (
-        over_models(models, name, 2) / over_models(models, "entropy", 2)
-        for name in ("learned", "learned_without_labels")
-    )
+    gain, unlabelled = (over_entropy(models, name, 2) for name in ("learned", "learned_without_labels"))
     heads = [f"<= {100 * loss:g} points" for loss in losses]
     replay = guarantee["replay"]
     guarantee_rows = [
@@ -162,7 +169,7 @@ The loss comes out a little above what was allowed: the best of many thresholds 
 ### Five classes
 
 The movie reviews in five classes, by how people rated them: {len(several)} models, fine-tuned jointly, {100 * np.mean([m["exit_accuracy"][-1] for m in several]):.1f} % right at full depth.
-At one point lost the learned rule has {np.mean(over_models(several, "learned", 2) / over_models(several, "entropy", 2)):.2f} times entropy's speedup, for it sees by how much an answer leads. Of those that need no fitting `{best_unfitted(several)}` does best.
+At one point lost the learned rule has {over_entropy(several, "learned", 2).mean():.2f} times entropy's speedup, for it sees by how much an answer leads. Of those that need no fitting `{best_unfitted(several)}` does best.
 
 {markdown_table(["criterion", *heads, "area, points"], speedup_rows(several, losses))}
 

@@ -100,7 +100,7 @@ def calibrate(
         search, certify = _halves(table, seed) if learn_from is None else (learn_from, table)
     if search is not None:
         goal: Goal = "disagreement"
-        if risk == "error_increase" or min_class_accuracy is not None:
+        if demand.needs_labels:
             # Labels of rows that were trained on say too much for the exits that know them.
             goal = "labelled_regret" if learn_from is None else "regret"
         policy = _learned_parts(search, policy, temperature, goal)

@@ -50,13 +50,18 @@ class Demand:
         """How often what is shown may be wrong."""
         return 1 - self.confidence
 
+    @property
+    def needs_labels(self) -> bool:
+        """Whether it is about right answers."""
+        return self.risk == "error_increase" or self.min_class_accuracy is not None
+
     def check_labels(self, labels: Any) -> None:
         """See that there are labels where they are needed.
 
         Raises:
             ValueError: they are `None`.
         """
-        if labels is None and (self.risk == "error_increase" or self.min_class_accuracy is not None):
+        if labels is None and self.needs_labels:
             what = "risk='error_increase'" if self.risk == "error_increase" else "min_class_accuracy"
             raise ValueError(f"{what} needs labels, and the rows have none; risk='disagreement' needs none.")
 

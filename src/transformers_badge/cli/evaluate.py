@@ -51,9 +51,7 @@ def evaluate(
         record["machine"] = describe_machine()
         record["timing"] = _time(model, tokenizer, rows, table)
     files = write_report(record, output_dir)
-    shown = Table(
-        Column("criterion", no_wrap=True, min_width=19), *[f"lost <= {100 * loss:g}" for loss in LOSSES], "area"
-    )
+    shown = Table(Column("criterion", no_wrap=True), *[f"lost <= {100 * loss:g}" for loss in LOSSES], "area")
     for name, entry in sorted(record["criteria"].items(), key=lambda entry: -entry[1]["area"]):
         speedups = [f"{entry['speedup_at_loss'][str(loss)]:.2f}x" for loss in LOSSES]
         shown.add_row(name, *speedups, f"{100 * entry['area']:.2f}")

@@ -100,9 +100,8 @@ def read_reviews(name: str = "movies") -> tuple[list[str], Any]:
     Raises:
         OSError: the registry cannot be reached, or sent another file.
     """
-    rated = [(text, rating) for text, rating in _rated_sentences(name) if rating != 0]
-    order = np.random.default_rng(0).permutation(len(rated))
-    return [rated[i][0] for i in order], np.array([int(rated[i][1] > 0) for i in order])
+    texts, ratings = _shuffled([(text, rating) for text, rating in _rated_sentences(name) if rating != 0])
+    return texts, (ratings > 0).astype(int)
 
 
 def read_ratings(name: str = "movies") -> tuple[list[str], Any]:
@@ -114,9 +113,14 @@ def read_ratings(name: str = "movies") -> tuple[list[str], Any]:
     Raises:
         OSError: the registry cannot be reached, or sent another file.
     """
-    rated = _rated_sentences(name)
+    texts, ratings = _shuffled(_rated_sentences(name))
+    return texts, np.digitize(ratings, STARS)
+
+
+def _shuffled(rated: list[tuple[str, float]]) -> tuple[list[str], Any]:
+    """Texts and ratings (rows,), always in the same order."""
     order = np.random.default_rng(0).permutation(len(rated))
-    return [rated[i][0] for i in order], np.digitize([rated[i][1] for i in order], STARS)
+    return [rated[i][0] for i in order], np.array([rated[i][1] for i in order])
 
 
 def _rated_sentences(name: str) -> list[tuple[str, float]]:

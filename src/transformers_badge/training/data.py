@@ -132,17 +132,18 @@ def class_indices(table: Any, label_name: str, names: Sequence[str], source: str
         ValueError: the column is missing, or holds a class that is not among the names.
     """
     _check_column(table, label_name, source)
-    labels, index = list(table[label_name]), {name: i for i, name in enumerate(names)}
-    indices = [index.get(text) for text in _label_texts(table, label_name, labels)]
-    if None in indices and all(isinstance(label, int) for label in labels):
-        indices = [label if 0 <= label < len(names) else None for label in labels]
-    if None in indices:
-        row = indices.index(None)
-        raise ValueError(
-            f"Row {row + 1} of {source} has the class {labels[row]!r}, which is not among the model's: "
-            f"{', '.join(names)}."
-        )
-    return [int(found) for found in indices if found is not None]
+    labels = list(table[label_name])
+    keys: list[Any] = _label_texts(table, label_name, labels)
+    index: dict[Any, int] = {name: i for i, name in enumerate(names)}
+    if all(isinstance(label, int) for label in labels) and not index.keys() >= set(keys):
+        keys, index = labels, {i: i for i in range(len(names))}
+    for row, key in enumerate(keys):
+        if key not in index:
+            raise ValueError(
+                f"Row {row + 1} of {source} has the class {labels[row]!r}, which is not among the model's: "
+                f"{', '.join(names)}."
+            )
+    return [index[key] for key in keys]
 
 
 def _label_texts(table: Any, label_name: str, labels: list[Any]) -> list[str]:
