@@ -5,11 +5,12 @@ import copy
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import Dataset
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
-from tiny import PAD, pad, random_rows, tiny_model
-from transformers_badge import BadgeForSequenceClassification, compute_exit_metrics
+from tiny import PAD, pad, random_rows, tiny_classifier, tiny_model
+from transformers_badge import BadgeForSequenceClassification, compute_exit_metrics, fresh_modules
 
 
 class Rows(Dataset):
@@ -151,6 +152,53 @@ def test_best_model_is_loaded_at_the_end(tmp_path):
     assert run.state.best_metric == max(
         entry["eval_accuracy_exit_2"] for entry in run.state.log_history if "eval_accuracy_exit_2" in entry
     )
+
+
+def lora(model, **options):
+    return get_peft_model(model, LoraConfig(r=4, target_modules=["query", "value"], **options))
+
+
+@pytest.mark.parametrize("options", [{"task_type": "SEQ_CLS"}, {}], ids=["SEQ_CLS", "no task"])
+def test_lora_trains_the_exits_too_and_is_saved_and_merged(tmp_path, options):
+    fields = {"num_labels": 2, "lexical_exit": True, "lexical_buckets": 64}
+    base = tiny_model("bert", **fields)
+    encoder = copy.deepcopy(base.encoder.state_dict())
+    model = lora(base, modules_to_save=fresh_modules(base), **options)
+    start = copy.deepcopy(model.state_dict())
+    trainer(model, tmp_path, learning_rate=1e-2).train()
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, start[name])}
+    assert all(name.split(".")[2] != "encoder" or ".lora_" in name for name in moved)
+    for part in ("encoder.", "bypasses.0.up", "bypasses.2.down", "exits.1.query", "exits.2.lexical", "exits.4.class"):
+        assert any(name.startswith(f"base_model.model.{part}") for name in moved), part
+
+    batch = collate(Rows(6, seed=2).rows)
+    expected = model.eval()(**batch).exit_logits
+    model.save_pretrained(tmp_path / "adapter")
+    other = tiny_model("bert", seed=3, **fields)
+    other.encoder.load_state_dict(encoder)
+    assert not torch.allclose(other(**batch).exit_logits, expected, atol=1e-2)
+    again = PeftModel.from_pretrained(other, tmp_path / "adapter").eval()
+    assert torch.allclose(again(**batch).exit_logits, expected, atol=1e-5)
+
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = BadgeForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    assert torch.allclose(loaded(**batch).exit_logits, expected, atol=1e-5)
+
+
+def test_lora_leaves_out_what_it_is_not_told_of():
+    """Negative control: without `fresh_modules` neither bypasses nor exit 0 are trained or saved."""
+    model = lora(tiny_model("bert", num_labels=2), task_type="SEQ_CLS")
+    assert not any("bypasses" in name for name, weight in model.named_parameters() if weight.requires_grad)
+
+
+def test_fresh_modules_of_a_converted_classifier_leave_its_head_alone(tmp_path):
+    tiny_classifier("bert").save_pretrained(tmp_path)
+    model = BadgeForSequenceClassification.from_classifier(tmp_path)
+    last = len(model.exit_layers) - 1
+    names = fresh_modules(model)
+    assert f"exits.{last - 1}.classifier" in names
+    assert not any(name.startswith((f"exits.{last}", "encoder")) for name in names)
 
 
 def test_metrics_by_hand():

@@ -23,7 +23,7 @@ if find_spec("torch") is not None:  # a predictor runs where there is none
     from .model.modeling_badge import BadgeForSequenceClassification
     from .model.pipeline_badge import BadgeTextClassificationPipeline
     from .training.convert import convert_classifier
-    from .training.fine_tune import parameter_groups
+    from .training.fine_tune import fresh_modules, parameter_groups
     from .training.lexical import fit_lexical_exit
     from .training.metrics import compute_exit_metrics
 
@@ -35,6 +35,7 @@ if find_spec("torch") is not None:  # a predictor runs where there is none
         "convert_classifier",
         "export_onnx",
         "fit_lexical_exit",
+        "fresh_modules",
         "make_exit_table",
         "parameter_groups",
     ]

@@ -163,6 +163,12 @@ def test_a_tuple_is_returned_when_asked_for(bert):
     assert (loss.shape, logits.shape, exit_logits.shape) == ((), (3, 3), (3, 4, 3))
 
 
+def test_attentions_are_the_encoders_own_affair(bert):
+    assert bert(**BATCH, output_attentions=None).logits.shape == (3, 3)  # peft always says so
+    with pytest.raises(ValueError, match="Attentions are not returned: .* ask the encoder"):
+        bert(**BATCH, output_attentions=True)
+
+
 def test_the_vocabulary_can_be_resized(bert):
     bert.resize_token_embeddings(120)
     batch = {"input_ids": torch.tensor([[119, 5]])}

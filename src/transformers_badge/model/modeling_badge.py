@@ -209,6 +209,7 @@ class BadgeForSequenceClassification(BadgePreTrainedModel):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         lexical_logits: Tensor | None = None,
+        output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> BadgeClassifierOutput | tuple[Any, ...]:
@@ -223,6 +224,7 @@ class BadgeForSequenceClassification(BadgePreTrainedModel):
             labels: (rows,) int64, or (rows, labels) float for multi-label and regression.
             lexical_logits: (rows, labels), to stand for what the lexical exit says: of rows that it was fitted to, what
                 `fit_lexical_exit` returns, or the later exits would learn to trust it too much.
+            output_attentions: for callers that always pass it, as peft does; `True` is an error.
             output_hidden_states: also return h_0 to h_L. Default: what the config says.
             return_dict: `False` gives a tuple. Default: what the config says.
 
@@ -233,6 +235,11 @@ class BadgeForSequenceClassification(BadgePreTrainedModel):
             TypeError, ValueError: bad inputs or labels; the message says which and what to do.
         """
         config = self.config
+        if output_attentions:
+            raise ValueError(
+                "Attentions are not returned: leave output_attentions out, and ask the encoder for them, "
+                "model.encoder(..., output_attentions=True)."
+            )
         problem_type = infer_problem_type(config.problem_type, self.num_labels, labels)
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         tokens = self._check(input_ids, attention_mask, inputs_embeds, lexical_logits)

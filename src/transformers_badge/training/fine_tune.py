@@ -71,8 +71,7 @@ def parameter_groups(
         >>> groups = parameter_groups(model)
         >>> Trainer(..., optimizer_cls_and_kwargs=(torch.optim.AdamW, {"params": groups}))
     """
-    last = f"exits.{len(model.exit_layers) - 1}."
-    prefixes = ("encoder.", last) if model.config.source_head else ("encoder.",)
+    prefixes = _pretrained_prefixes(model)
     pretrained: list[Any] = []
     fresh: list[Any] = []
     for name, parameter in model.named_parameters():
@@ -80,6 +79,28 @@ def parameter_groups(
             (pretrained if name.startswith(prefixes) else fresh).append(parameter)
     groups = [{"params": pretrained, "lr": learning_rate}, {"params": fresh, "lr": new_learning_rate}]
     return [{**group, "weight_decay": weight_decay} for group in groups if group["params"]]
+
+
+def fresh_modules(model: Any) -> list[str]:
+    """Names of the modules that an encoder does not bring: what peft has to train and save beside its own.
+
+    Without them LoRA would train the exits' classifiers alone, or nothing of the exits.
+
+    Example:
+        >>> config = LoraConfig(target_modules=["query", "value"], modules_to_save=fresh_modules(model))
+        >>> Trainer(get_peft_model(model, config), ...)
+    """
+    prefixes = _pretrained_prefixes(model)
+    return [
+        name
+        for name, module in model.named_modules()
+        if [*module.parameters(recurse=False), *module.buffers(recurse=False)] and not f"{name}.".startswith(prefixes)
+    ]
+
+
+def _pretrained_prefixes(model: Any) -> tuple[str, ...]:
+    """What names of pretrained parts begin with."""
+    return ("encoder.", f"exits.{len(model.exit_layers) - 1}.") if model.config.source_head else ("encoder.",)
 
 
 def fit(
