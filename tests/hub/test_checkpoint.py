@@ -2,9 +2,11 @@
 
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from tiny import tiny_model
 from transformers_badge import BadgeForSequenceClassification, ExitPolicy, ExitTable
@@ -13,6 +15,7 @@ from transformers_badge.hub import checkpoint as module
 from transformers_badge.hub.card import END, START
 from transformers_badge.hub.checkpoint import check_checkpoint_folder, write_policy
 from transformers_badge.hub.training_rows import save_training_rows, share_trained_on
+from transformers_badge.inference.exit_logits import digest_model
 
 
 CERTIFICATE = {"summary": "With 95% confidence, all is well.", "date": "2026-11-23", "data": "abc"}
@@ -41,6 +44,23 @@ def test_a_policy_is_written_and_nothing_else_of_the_config_changes(folder):
     policy = BadgeForSequenceClassification.from_pretrained(folder).config.exit_policy
     assert (policy.criterion, policy.threshold, policy.rule) == ("learned", 0.2, tuple(map(tuple, rule)))
     assert policy.certificate == CERTIFICATE
+
+
+def test_a_certificate_does_not_outlive_the_weights_that_it_was_shown_of(folder, tmp_path, caplog):
+    model = BadgeForSequenceClassification.from_pretrained(folder)
+    shown = ExitPolicy(threshold=0.25, certificate={**CERTIFICATE, "model": digest_model(model)})
+    model.config.exit_policy = shown
+    model.save_pretrained(tmp_path / "same")
+    same = BadgeForSequenceClassification.from_pretrained(tmp_path / "same")
+    assert same.config.exit_policy == shown
+    assert "without its certificate" not in caplog.text
+
+    with torch.no_grad():
+        same.exits[1].classifier.bias[0] += 1e-3
+    same.save_pretrained(tmp_path / "trained on")
+    after = BadgeForSequenceClassification.from_pretrained(tmp_path / "trained on").config.exit_policy
+    assert after == replace(shown, certificate=None)
+    assert "saved without its certificate" in caplog.text
 
 
 def test_code_that_is_older_than_the_policy_is_renewed(folder):

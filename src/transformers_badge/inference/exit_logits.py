@@ -1,6 +1,5 @@
 """Making an exit table: a model is run once, at full depth, over a data set."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ from transformers_badge.exit_table import ExitTable, digest_rows
 from transformers_badge.inference.predict import token_limit
 from transformers_badge.inference.predictor import BadgePredictor
 from transformers_badge.model.loss_badge import infer_problem_type
+from transformers_badge.model.modeling_badge import weights_digest
 from transformers_badge.model.policy_badge import ExitPolicy
 
 
@@ -110,11 +110,7 @@ def digest_model(model: Any) -> str:
     """A digest of a model's weights, to tell whether an exit table is its own; the exit policy has no part in it."""
     if isinstance(model, BadgePredictor):
         return model.digest
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return weights_digest(model.state_dict())
 
 
 def check_table_of_model(table: ExitTable, model: Any) -> None:

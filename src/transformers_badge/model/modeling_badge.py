@@ -12,6 +12,7 @@ Block-wise bypasses and divergence-based exiting are from Zhu et al., ACL 2023 I
 10.18653/v1/2023.acl-industry.48. What the bypass reads, its width and the loss weights are choices of this project.
 """
 
+import hashlib
 import os
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
+from transformers.utils import logging
 
 from .configuration_badge import BadgeConfig
 from .early_exit_badge import predict_with_policy, run_blocks
@@ -43,6 +45,8 @@ from .stream_badge import READ_AHEAD, StreamedRow, stream_with_policy
 if TYPE_CHECKING:
     # Not needed here, but a file that is named here travels with the checkpoint.
     from .pipeline_badge import BadgeTextClassificationPipeline  # noqa: F401
+
+logger = logging.get_logger(__name__)
 
 
 class BadgePreTrainedModel(PreTrainedModel):
@@ -80,12 +84,32 @@ class BadgePreTrainedModel(PreTrainedModel):
         return loaded
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As in transformers; a directory that cannot be written is an error before anything is."""
+        """As in transformers; a directory that cannot be written is an error before anything is.
+
+        A policy whose certificate was shown of other weights, as after more training, is saved without it.
+        """
         if os.path.exists(save_directory) and not (
             os.path.isdir(save_directory) and os.access(save_directory, os.W_OK)
         ):
             raise OSError(f"{save_directory} is not a directory that can be written to: choose another one.")
+        policy = self.config.exit_policy
+        shown_of = (policy.certificate or {}).get("model")
+        if shown_of and shown_of != weights_digest(kwargs.get("state_dict") or self.state_dict()):
+            logger.warning(
+                "The weights have changed since the exit policy was calibrated: it is saved without its certificate. "
+                "Calibrate it anew with transformers-badge calibrate."
+            )
+            self.config.exit_policy = replace(policy, certificate=None)
         super().save_pretrained(save_directory, *args, **kwargs)
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """A digest of a state dict, to tell whether something was shown of these weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 class BadgeForSequenceClassification(BadgePreTrainedModel):
