@@ -192,7 +192,7 @@ def test_convert_needs_texts_alone_and_predict_takes_what_it_makes(classifier, d
         "pos",
     }
     # with labels, by name; too strict a budget for so few rows is said
-    options = ["--labels-column", "label", "--epochs", "1", "--max-disagreement", "0.01"]
+    options = ["--label-column", "label", "--epochs", "1", "--max-disagreement", "0.01"]
     code, printed, err = run(capsys, "convert", classifier, "--texts", data, "--output-dir", tmp_path / "b2", *options)
     assert code == 0, err
     assert "The policy runs at full depth" in " ".join(printed.split())
@@ -216,12 +216,12 @@ def test_bad_conversions_are_named_and_nothing_is_written(encoder, classifier, d
     (tmp_path / "few.txt").write_text("a text\n" * 20)
     assert "fewer than one batch of 32" in convert(classifier, tmp_path / "few.txt")
     (tmp_path / "other.csv").write_text("text,label\n" + "a,pos\nb,so so\n" * 40)
-    message = convert(classifier, tmp_path / "other.csv", "--labels-column", "label")
+    message = convert(classifier, tmp_path / "other.csv", "--label-column", "label")
     assert "Row 2" in message
     assert "has the class 'so so', which is not among the model's: neg, pos" in message
     (tmp_path / "number.csv").write_text("text,label\n" + "a,0\nb,7\n" * 40)
-    assert "has the class 7" in convert(classifier, tmp_path / "number.csv", "--labels-column", "label")
-    assert "no column 'stars'" in convert(classifier, data, "--labels-column", "stars")
+    assert "has the class 7" in convert(classifier, tmp_path / "number.csv", "--label-column", "label")
+    assert "no column 'stars'" in convert(classifier, data, "--label-column", "stars")
     assert "--exit-layers takes whole numbers" in convert(classifier, data, "--exit-layers", "one")
     assert "no recipe 'magic'" in failing(
         capsys, "train", encoder, data, "--output-dir", out, "--recipe", "magic"

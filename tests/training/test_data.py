@@ -3,7 +3,7 @@
 import datasets
 import pytest
 
-from transformers_badge.training.data import class_indices, labelled_rows
+from transformers_badge.training.data import class_indices, labelled_rows, load_table
 
 
 STARS = ["1", "2", "3", "4", "5"]
@@ -67,3 +67,9 @@ def test_what_a_model_is_trained_on_is_what_it_is_measured_on(labels):
 def test_a_label_that_is_no_single_class_is_named(label):
     with pytest.raises(ValueError, match="Row 1 of rows.jsonl has the label .* must be a text or a whole number"):
         labelled_rows(table([label, label]), ["text"], "label", "rows.jsonl")
+
+
+def test_a_file_with_names_of_columns_alone_has_no_rows(tmp_path):
+    (tmp_path / "rows.csv").write_text("text,label\n")
+    with pytest.raises(ValueError, match=r"rows.csv has no rows"):
+        load_table(str(tmp_path / "rows.csv"))

@@ -11,7 +11,7 @@ def convert(
     texts: Annotated[str, typer.Option(help="Text file, a text a line; or CSV, TSV, JSONL, Parquet, or a data set.")],
     output_dir: Annotated[Path, typer.Option(help="Where the checkpoint goes; must not exist yet.")],
     text_column: Annotated[list[str], typer.Option(help="Column with the text; give it twice for pairs.")] = ["text"],  # noqa: B006
-    labels_column: Annotated[
+    label_column: Annotated[
         str | None, typer.Option(help="Column with the class, if there is one. Default: none, no labels are needed.")
     ] = None,
     max_disagreement: Annotated[
@@ -54,9 +54,9 @@ def convert(
             err=True,
         )
     labels = None
-    if labels_column is not None:
+    if label_column is not None:
         id2label = AutoConfig.from_pretrained(model).id2label
-        labels = class_indices(table, labels_column, [id2label[i] for i in range(len(id2label))], texts)
+        labels = class_indices(table, label_column, [id2label[i] for i in range(len(id2label))], texts)
     report = convert_classifier(
         model,
         columns[0] if len(columns) == 1 else list(zip(*columns, strict=True)),

@@ -44,6 +44,8 @@ def load_table(source: str, split: str = "train", skip_blank_lines: bool = False
         try:
             table = datasets.load_dataset(readers[path.suffix.lower()], data_files=str(path), split="train", **options)
         except Exception as error:  # datasets wraps what its readers raise in classes of its own
+            if "no data" in str(error):  # what it says where there is nothing but names of columns
+                raise ValueError(f"{source} has no rows.") from error
             reason = str(error.__cause__ or error).splitlines()[0]
             raise ValueError(f"{source} could not be read as {path.suffix[1:]}, in UTF-8 ({reason}).") from error
         if skip_blank_lines and path.suffix.lower() == ".txt":
