@@ -70,7 +70,7 @@ def test_code_that_is_older_than_the_policy_is_renewed(folder):
 
 
 def test_the_card_is_made_and_renewed_and_the_rest_of_it_is_kept(folder):
-    write_policy(folder, ExitPolicy(threshold=0.25, certificate=CERTIFICATE))
+    write_policy(folder, ExitPolicy(criterion="entropy", threshold=0.25, certificate=CERTIFICATE))
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: text-classification\n")
     assert "Criterion `entropy`, threshold 0.25." in card

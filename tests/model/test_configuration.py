@@ -50,7 +50,7 @@ def test_a_config_survives_json(tmp_path):
 def test_the_policy_stands_in_config_json_even_when_it_is_the_default(tmp_path):
     tiny_config("bert").save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
-    assert stored["exit_policy"]["criterion"] == "entropy"
+    assert stored["exit_policy"]["criterion"] == "max_probability"
     assert stored["exit_policy"]["threshold"] is None
 
 

@@ -255,7 +255,7 @@ def test_a_regression_model_has_no_probabilities():
 
 
 def test_entropy_is_that_of_the_last_exit():
-    assert score(ExitPolicy(), [0.5, 0.5], [0.9, 0.1]) == pytest.approx(scipy_entropy([0.9, 0.1]))
+    assert score(ExitPolicy(criterion="entropy"), [0.5, 0.5], [0.9, 0.1]) == pytest.approx(scipy_entropy([0.9, 0.1]))
 
 
 def test_max_probability_is_what_is_missing_to_certainty():

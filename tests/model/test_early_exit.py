@@ -143,7 +143,7 @@ def test_the_exits_taken_are_those_of_a_replay_on_stored_logits(model):
     with torch.no_grad():
         table = table_of(model(**batch).exit_logits)
     for policy in (
-        ExitPolicy(threshold=0.8),
+        ExitPolicy(criterion="entropy", threshold=0.8),
         ExitPolicy(criterion="entropy", threshold=(0.5, None, 0.7, 0.0)),
         ExitPolicy(criterion="patience", threshold=0, patience=2),
     ):
@@ -156,7 +156,7 @@ def test_blocks_after_the_last_row_left_do_not_run(model):
     calls = []
     for layer, block in enumerate(model.adapter.blocks(model.encoder), start=1):
         block.register_forward_pre_hook(lambda module, args, layer=layer: calls.append((layer, len(args[0]))))
-    output = model.early_exit_predict(**pad(random_rows(LENGTHS)), threshold=0.75)
+    output = model.early_exit_predict(**pad(random_rows(LENGTHS)), criterion="entropy", threshold=0.75)
     layers = output.exit_layer
     expected = [(layer, int((layers >= layer).sum())) for layer in range(1, int(layers.max()) + 1)]
     assert calls == expected
@@ -168,8 +168,8 @@ def test_blocks_after_the_last_row_left_do_not_run(model):
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_padding_changes_no_answer(model, side):
     rows = random_rows(LENGTHS)
-    plain = model.early_exit_predict(**pad(rows), threshold=0.75)
-    padded = model.early_exit_predict(**pad(rows, side, extra=50), threshold=0.75)
+    plain = model.early_exit_predict(**pad(rows), criterion="entropy", threshold=0.75)
+    padded = model.early_exit_predict(**pad(rows, side, extra=50), criterion="entropy", threshold=0.75)
     assert torch.allclose(plain.logits, padded.logits, atol=1e-5)
     assert torch.equal(plain.exit_layer, padded.exit_layer)
 
@@ -201,10 +201,10 @@ def test_a_nan_never_leaves_early_and_is_seen_in_the_answer(bert):
 
 def test_dropout_is_off_and_the_mode_comes_back(bert):
     batch = pad(random_rows(LENGTHS))
-    expected = bert.early_exit_predict(**batch, threshold=0.75)
+    expected = bert.early_exit_predict(**batch, criterion="entropy", threshold=0.75)
     bert.train()
     bert.exits[0].eval()  # frozen by somebody
-    output = bert.early_exit_predict(**batch, threshold=0.75)
+    output = bert.early_exit_predict(**batch, criterion="entropy", threshold=0.75)
     assert torch.equal(output.logits, expected.logits)
     assert bert.training
     assert bert.encoder.training
@@ -237,12 +237,12 @@ def test_multi_label_models_leave_early_and_regression_says_why_not():
 
 def test_threads_do_not_disturb_each_other(bert):
     batches = [pad(random_rows(LENGTHS, seed=seed)) for seed in range(6)]
-    expected = [bert.early_exit_predict(**batch, threshold=0.75) for batch in batches]
+    expected = [bert.early_exit_predict(**batch, criterion="entropy", threshold=0.75) for batch in batches]
     wrong = []
 
     def work(i):
         for _ in range(5):
-            output = bert.early_exit_predict(**batches[i], threshold=0.75)
+            output = bert.early_exit_predict(**batches[i], criterion="entropy", threshold=0.75)
             if not torch.equal(output.exit_layer, expected[i].exit_layer):
                 wrong.append(i)
 

@@ -40,7 +40,7 @@ KINDS = [
 
 def test_the_default_never_leaves_early():
     policy = ExitPolicy()
-    assert (policy.criterion, policy.threshold, policy.patience) == ("entropy", None, 1)
+    assert (policy.criterion, policy.threshold, policy.patience) == ("max_probability", None, 1)
     assert policy.thresholds(3) == [None, None, None]
 
 
@@ -195,15 +195,15 @@ def test_an_override_replaces_one_field():
 
 
 def test_another_criterion_asks_for_a_threshold_of_its_own():
-    policy = ExitPolicy(criterion="entropy", threshold=0.3)
-    message = "threshold was chosen for criterion='entropy': pass a threshold together with criterion='margin'"
+    policy = ExitPolicy(criterion="max_probability", threshold=0.3)
+    message = "threshold was chosen for criterion='max_probability': pass a threshold together with criterion='margin'"
     for stored in (policy, policy.to_dict(), {"threshold": 0.3}, {"threshold": [0.3, None]}):
         with pytest.raises(ValueError, match=message):
             ExitPolicy.of(stored, criterion="margin")
     assert ExitPolicy.of(policy, criterion="margin", threshold=0.2) == ExitPolicy(criterion="margin", threshold=0.2)
     assert ExitPolicy.of(policy, criterion="margin", threshold=None) == ExitPolicy(criterion="margin")
     assert ExitPolicy.of(ExitPolicy(), criterion="margin") == ExitPolicy(criterion="margin")  # there was none
-    assert ExitPolicy.of(policy, criterion="entropy") == policy  # it is the same criterion
+    assert ExitPolicy.of(policy, criterion="max_probability") == policy  # it is the same criterion
 
 
 def test_another_criterion_brings_its_own_patience():
@@ -211,14 +211,14 @@ def test_another_criterion_brings_its_own_patience():
     assert ExitPolicy.of(pcee, criterion="entropy", threshold=0.3).patience == 1
     assert ExitPolicy.of(ExitPolicy(patience=4), criterion="f_pabee").patience == 2
     assert ExitPolicy.of(ExitPolicy(patience=4), criterion="f_pabee", patience=3).patience == 3
-    assert ExitPolicy.of(ExitPolicy(patience=4), criterion="entropy").patience == 4  # it is the same criterion
+    assert ExitPolicy.of(ExitPolicy(patience=4), criterion="max_probability").patience == 4  # it is the same criterion
 
 
 def test_another_criterion_leaves_rule_and_parts_behind():
     learned = ExitPolicy(criterion="learned", rule=RULE)
-    assert ExitPolicy.of(learned, criterion="entropy") == ExitPolicy()
+    assert ExitPolicy.of(learned, criterion="entropy") == ExitPolicy(criterion="entropy")
     both = ExitPolicy(criterion="all_of", parts=PARTS)
-    assert ExitPolicy.of(both, criterion="entropy") == ExitPolicy()
+    assert ExitPolicy.of(both, criterion="entropy") == ExitPolicy(criterion="entropy")
     assert ExitPolicy.of(both, criterion="any_of") == ExitPolicy(criterion="any_of", parts=PARTS)
     with pytest.raises(ValueError, match="criterion='learned' needs a rule"):
         ExitPolicy.of(ExitPolicy(), criterion="learned")

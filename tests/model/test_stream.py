@@ -33,7 +33,7 @@ class Answered:
 
     def __init__(self, model, size, policy=None, **overrides):
         self.model = model
-        self.policy = ExitPolicy.of(policy or {"threshold": 0.75}, **overrides)
+        self.policy = ExitPolicy.of(policy or {"criterion": "entropy", "threshold": 0.75}, **overrides)
         self.lengths = np.random.default_rng(1).integers(1, 60, size)
         self.rows = [row.tolist() for row in random_rows(self.lengths.tolist(), seed=2)]
         outputs = [
@@ -162,7 +162,7 @@ def test_every_kind_of_family(family, short_sight):
 )
 def test_every_kind_of_exit(fields, short_sight):
     threshold = 0.55 if fields.get("problem_type") else 0.75
-    answered = Answered(tiny_model("bert", **fields), 120, threshold=threshold)
+    answered = Answered(tiny_model("bert", **fields), 120, criterion="entropy", threshold=threshold)
     assert len(set(answered.layers)) >= 2
     assert answered.wrong(np.arange(120), 8) == 0
 
@@ -204,7 +204,7 @@ def test_token_types_and_masks_are_those_of_the_row(bert, short_sight):
         if generator.random() < 0.5:
             row["attention_mask"] = [*generator.integers(0, 2, len(ids) - 1).tolist(), 1]
         rows.append(row)
-    bert.config.exit_policy = {"threshold": 0.75}
+    bert.config.exit_policy = {"criterion": "entropy", "threshold": 0.75}
     for row, answer in zip(rows, bert.early_exit_stream(rows, 4), strict=True):
         alone = bert.early_exit_predict(**{name: torch.tensor([row[name]]) for name in row if name != "label"})
         assert answer.exit_layer == int(alone.exit_layer)
@@ -216,12 +216,12 @@ def test_texts_and_pairs(minilm, reviews, short_sight):
     model = tiny_model("bert", encoder={"vocab_size": len(tokenizer), "pad_token_id": 0})
     texts = [*reviews[0][:40], "long " * 500]
     for rows in (texts, list(itertools.pairwise(texts))):
-        answers = list(model.early_exit_stream(iter(rows), 4, tokenizer=tokenizer, threshold=0.75))
+        answers = list(model.early_exit_stream(iter(rows), 4, tokenizer=tokenizer, criterion="entropy", threshold=0.75))
         assert len(answers) == len(rows)
         for row, answer in zip(rows, answers, strict=True):
             columns = [row] if isinstance(row, str) else list(row)
             inputs = tokenizer(*columns, truncation=True, max_length=160, return_tensors="pt")
-            alone = model.early_exit_predict(**inputs, threshold=0.75)
+            alone = model.early_exit_predict(**inputs, criterion="entropy", threshold=0.75)
             assert answer.exit_layer == int(alone.exit_layer)
             assert torch.allclose(answer.logits, alone.logits[0], atol=1e-4)
 
@@ -252,7 +252,12 @@ def test_rows_before_an_error_are_answered_first(plain, rows, in_order, short_si
         raise ConnectionError("the source is gone")
 
     answers = plain.early_exit_stream(
-        breaking(), 2, tokenizer=Words() if isinstance(rows[0], str) else None, in_order=in_order, threshold=0.75
+        breaking(),
+        2,
+        tokenizer=Words() if isinstance(rows[0], str) else None,
+        in_order=in_order,
+        criterion="entropy",
+        threshold=0.75,
     )
     seen, error = until_error(answers)
     assert isinstance(error, ConnectionError)
@@ -339,7 +344,7 @@ def test_bad_arguments_are_an_error_of_the_call(plain, arguments, error, message
 
 def test_the_mode_of_the_model_and_gradients_are_the_consumers(bert):
     rows = [{"input_ids": row.tolist()} for row in random_rows([5] * 40)]
-    expected = [answer.logits for answer in bert.early_exit_stream(rows, 4, threshold=0.75)]
+    expected = [answer.logits for answer in bert.early_exit_stream(rows, 4, criterion="entropy", threshold=0.75)]
     bert.train()
     seen = []
 
@@ -348,7 +353,9 @@ def test_the_mode_of_the_model_and_gradients_are_the_consumers(bert):
             seen.append((bert.training, torch.is_grad_enabled()))
             yield row
 
-    for answer, logits in zip(bert.early_exit_stream(watched(), 4, threshold=0.75), expected, strict=True):
+    for answer, logits in zip(
+        bert.early_exit_stream(watched(), 4, criterion="entropy", threshold=0.75), expected, strict=True
+    ):
         seen.append((bert.encoder.training, torch.is_grad_enabled()))
         assert torch.allclose(answer.logits, logits, atol=1e-5)
     assert set(seen) == {(True, True)}
@@ -370,7 +377,7 @@ def states(monkeypatch):
 @pytest.mark.parametrize("how", ["close", "forget", "finish", "error of the model"])
 def test_nothing_is_alive_after_the_consumer_stops(plain, states, how, monkeypatch, short_sight):
     rows = [{"input_ids": row.tolist()} for row in random_rows(np.random.default_rng(0).integers(1, 40, 200).tolist())]
-    answers = plain.early_exit_stream(rows, 4, threshold=0.75)
+    answers = plain.early_exit_stream(rows, 4, criterion="entropy", threshold=0.75)
     next(answers)
     assert states()
     if how == "close":
@@ -500,7 +507,7 @@ def test_a_row_that_goes_deep_does_not_hold_up_the_others_for_ever(monkeypatch):
 
 
 def test_threads_do_not_disturb_each_other(short_sight):
-    model = tiny_model("bert", exit_policy={"threshold": 0.75})
+    model = tiny_model("bert", exit_policy={"criterion": "entropy", "threshold": 0.75})
     batches = [random_rows(np.random.default_rng(seed).integers(1, 40, 40).tolist(), seed=seed) for seed in range(8)]
 
     def predict(rows):

@@ -65,7 +65,7 @@ class ExitPolicy:
         ValueError: a value outside what is written above; the message names the field.
     """
 
-    criterion: str = "entropy"
+    criterion: str = "max_probability"
     threshold: float | tuple[float | None, ...] | None = None
     window: int = 2
     confidence_weight: float = 1.0
