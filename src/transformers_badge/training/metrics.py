@@ -15,7 +15,8 @@ def compute_exit_metrics(prediction: Any, exit_layers: Sequence[int] | None = No
     Args:
         prediction: Trainer's `EvalPrediction`; its predictions are (logits, exit_logits), with exit_logits of the shape
             (rows, exits, labels).
-        exit_layers: depths of the exits, to name the metrics by. Default: 1, 2, 3, ...
+        exit_layers: depths of the exits, to name the metrics by. Default: 1, 2, 3, ..., which is wrong of a model that
+            has exit 0 or leaves out depths.
 
     Returns:
         `accuracy` (or `mse`) of the last exit, and `accuracy_exit_<layer>` of each.
