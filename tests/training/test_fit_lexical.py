@@ -6,6 +6,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from scipy import sparse
 from scipy.optimize import check_grad
 from scipy.special import softmax
 
@@ -126,6 +127,55 @@ def test_the_gradient_of_the_loss_is_right(kind):
         start,
     )
     assert error < 1e-5
+
+
+def two_class_problem(targets):
+    generator = np.random.default_rng(0)
+    counts = sparse.csr_matrix(generator.random((60, 30)) * (generator.random((60, 30)) < 0.2))
+    embeddings = generator.normal(size=(4, 5)).astype(np.float32)
+    return lexical.Problem(counts, targets, np.array([0, 3, 7, 9]), embeddings, "single_label_classification", 0.5)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_two_classes_are_solved_as_one_question_with_the_same_answers(monkeypatch, soft):
+    monkeypatch.setattr(lexical, "_TOLERANCE", 1e-14)
+    share = np.random.default_rng(1).random(60)
+    share = share if soft else share.round()
+    problem = two_class_problem(np.stack([1 - share, share], axis=1))
+    quick, continued = lexical.solve(problem, 0.3), lexical.solve(problem, 0.3, lexical.solve(problem, 1.0))
+    other = lexical.solve(problem, 0.5)
+    monkeypatch.setattr(lexical, "_is_one_question", lambda problem: False)
+    plain = lexical.solve(problem, 0.3)
+    for found in (quick, continued):
+        for part in ("words", "meanings", "bias"):
+            assert np.allclose(getattr(found, part), getattr(plain, part), atol=1e-4), part
+    assert not np.allclose(other.words, plain.words, atol=1e-2)  # another penalty would show
+
+
+def test_targets_that_share_no_row_between_them_are_two_questions():
+    assert lexical._is_one_question(two_class_problem(np.full((60, 2), 0.5)))
+    assert not lexical._is_one_question(two_class_problem(np.full((60, 2), 0.9)))
+
+
+def test_of_many_rows_some_choose_and_all_are_fitted_to(monkeypatch):
+    monkeypatch.setattr(lexical, "SEARCHED_ROWS", 150)
+    sizes, correct = [], lexical.solve
+
+    def watched(problem, *arguments):
+        if problem.kind == "single_label_classification":  # not as the one question that it becomes
+            sizes.append(len(problem.targets))
+        return correct(problem, *arguments)
+
+    monkeypatch.setattr(lexical, "solve", watched)
+    model = make_model()
+    rows = fit_lexical_exit(model, TOKENIZER, make_rows(600), show_progress=False)
+    assert max(sizes[: -lexical.FOLDS - 1]) <= 150
+    assert sizes[-lexical.FOLDS - 1 :] == [480] * lexical.FOLDS + [600]
+    new = make_rows(500, seed=1)
+    right = (says(model, new).argmax(axis=1) == np.array(new["labels"])).mean()
+    assert right > 0.9
+    unseen = np.array(rows["lexical_logits"]).argmax(axis=1) == np.array(rows["labels"])
+    assert abs(unseen.mean() - right) < 0.05
 
 
 def test_more_rows_than_are_fitted_to_are_all_answered(monkeypatch):
