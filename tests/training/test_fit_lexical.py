@@ -119,7 +119,7 @@ def test_several_labels_and_values():
 def test_the_gradient_of_the_loss_is_right(kind):
     generator = np.random.default_rng(0)
     targets = generator.dirichlet([1, 1, 1], 5)
-    problem = lexical.Problem(None, targets, np.empty(0), np.empty(0), kind)
+    problem = lexical.Problem(None, np.empty(0), None, np.empty(0), targets, kind)
     start = generator.normal(size=15)
     error = check_grad(
         lambda z: lexical._loss(z.reshape(5, 3), problem)[0],
@@ -133,7 +133,8 @@ def two_class_problem(targets):
     generator = np.random.default_rng(0)
     counts = sparse.csr_matrix(generator.random((60, 30)) * (generator.random((60, 30)) < 0.2))
     embeddings = generator.normal(size=(4, 5)).astype(np.float32)
-    return lexical.Problem(counts, targets, np.array([0, 3, 7, 9]), embeddings, "single_label_classification", 0.5)
+    known, sizes = counts[:, [0, 3, 7, 9]], np.ones(30)
+    return lexical.Problem(counts, sizes, known, embeddings, targets, "single_label_classification", 0.5)
 
 
 @pytest.mark.parametrize("soft", [False, True])
@@ -155,6 +156,30 @@ def test_two_classes_are_solved_as_one_question_with_the_same_answers(monkeypatc
 def test_targets_that_share_no_row_between_them_are_two_questions():
     assert lexical._is_one_question(two_class_problem(np.full((60, 2), 0.5)))
     assert not lexical._is_one_question(two_class_problem(np.full((60, 2), 0.9)))
+
+
+def test_rare_ngrams_in_groups_get_the_very_weights_of_all(monkeypatch):
+    monkeypatch.setattr(lexical, "_TOLERANCE", 1e-14)
+    generator = np.random.default_rng(0)
+    times = generator.integers(1, 3, (40, 600)) * (generator.random((40, 600)) < 0.01)
+    times = times[:, times.any(axis=0)]
+    counts, occurrences = sparse.csr_matrix(times * generator.random((40, 1))), times.sum(axis=0)
+    known, embeddings = counts[:, [0, 3, 7]], generator.normal(size=(3, 5)).astype(np.float32)
+    targets = np.eye(3)[generator.integers(0, 3, 40)]
+
+    def solve(groups):
+        problem = lexical.Problem(
+            counts @ groups, np.diff(groups.tocsc().indptr), known, embeddings, targets, "single_label_classification"
+        )
+        found = lexical.solve(problem.select(np.arange(30)), 0.3)  # of some rows, as in a fold
+        return groups @ found.words, found.meanings, found.bias, found.answers(problem)
+
+    grouped, alone = lexical.group_rare(counts, occurrences), sparse.identity(times.shape[1], format="csr")
+    assert grouped.shape[1] < 0.8 * times.shape[1]
+    for quick, plain in zip(solve(grouped), solve(alone), strict=True):
+        assert np.allclose(quick, plain, atol=1e-4)
+    twice = lexical.group_rare(counts, np.ones_like(occurrences))  # were all taken for rare, they would differ
+    assert not np.allclose(solve(twice)[0], solve(alone)[0], atol=1e-2)
 
 
 def test_of_many_rows_some_choose_and_all_are_fitted_to(monkeypatch):

@@ -41,29 +41,31 @@ class Problem:
     """Rows to fit to.
 
     Args:
-        counts: (rows, used buckets), sparse: n-grams, over the square root of how many a row has.
+        counts: (rows, groups), sparse: n-grams, over the square root of how many a row has; see `group_rare`.
+        sizes: (groups,), how many n-grams are in each.
+        known: (rows, tokens), sparse: the same of single n-grams, those that have an embedding.
+        embeddings: (tokens, hidden), float32: their rows of U.
         targets: (rows, labels).
-        known: (some,), those of the used buckets that have an embedding.
-        embeddings: (some, hidden), float32: these rows of U.
         kind: the problem type.
         scale: s.
     """
 
     counts: Any
-    targets: Array
-    known: Array
+    sizes: Array
+    known: Any
     embeddings: Array
+    targets: Array
     kind: str
     scale: float = SCALES[0]
 
     def select(self, rows: Array) -> "Problem":
         """The problem of some rows."""
-        return replace(self, counts=self.counts[rows], targets=self.targets[rows])
+        return replace(self, counts=self.counts[rows], known=self.known[rows], targets=self.targets[rows])
 
 
 @dataclass(frozen=True)
 class Solution:
-    """What was learned: R * V (used buckets, labels), s M (hidden, labels) and the constant (labels,)."""
+    """What was learned: R * V (groups, labels), s M (hidden, labels) and the constant (labels,)."""
 
     words: Array
     meanings: Array
@@ -71,9 +73,8 @@ class Solution:
 
     def answers(self, problem: Problem) -> Array:
         """Logits (rows, labels)."""
-        weights = self.words.copy()
-        weights[problem.known] += problem.embeddings @ self.meanings.astype(np.float32)
-        return np.asarray(problem.counts @ weights + self.bias)
+        meanings = problem.embeddings @ self.meanings.astype(np.float32)
+        return np.asarray(problem.counts @ self.words + problem.known @ meanings + self.bias)
 
     def columns(self, change: Callable[[Array], Array]) -> "Solution":
         """With other columns, one per label, made of those of each part."""
@@ -138,9 +139,17 @@ def fit_lexical_exit(
         counted = count_ngrams(input_ids, model.config, bar.update)
     mixing, embeddings = _embeddings(model, counted)
     used = np.flatnonzero(counted.occurrences)
-    known = np.flatnonzero(np.diff(mixing.indptr)[used])
+    known = used[np.diff(mixing.indptr)[used] > 0]
+    groups = group_rare(counted.ngrams[:, used], counted.occurrences[used])
     goals = (goals[fitted_to] - center) / spread
-    problem = Problem(counted.ngrams[:, used], goals, known, mixing[used[known]] @ embeddings, kind)
+    problem = Problem(
+        counts=counted.ngrams[:, used] @ groups,
+        sizes=np.diff(groups.tocsc().indptr),
+        known=counted.ngrams[:, known],
+        embeddings=mixing[known] @ embeddings,
+        targets=goals,
+        kind=kind,
+    )
     logits = np.zeros((len(rows), goals.shape[1]))
     fits = len(SCALES) * len(PENALTIES) + FOLDS + 1
     with tqdm(total=fits, desc="exit 0", unit="fit", disable=not show_progress) as bar:
@@ -158,7 +167,7 @@ def fit_lexical_exit(
         bar.update(1)
 
     weights = np.asarray(mixing @ (embeddings @ solution.meanings.astype(np.float32)), dtype=np.float64)
-    weights[used] += solution.words
+    weights[used] += groups @ solution.words
     lexical = model.exits[0]
     with torch.no_grad():
         lexical.weight.copy_(torch.from_numpy(weights * spread))
@@ -253,6 +262,26 @@ def count_ngrams(input_ids: Any, config: Any, on_rows: Callable[[int], Any] = la
     return Counted(ngrams, np.bincount(columns, minlength=buckets), tokens)
 
 
+def group_rare(ngrams: Any, occurrences: Array) -> Any:
+    """The n-grams that occur once, in one row, as one: a matrix (n-grams, groups), sparse, with columns of length 1.
+
+    Nothing tells them apart: they have the same ratio R and get the same weight. With `ngrams @ groups` in place of
+    n-grams there are half as many weights to find, or fewer, and `groups @` these are the very weights of all.
+
+    Args:
+        ngrams: (rows, n-grams), sparse.
+        occurrences: (n-grams,), at least 1.
+    """
+    columns = ngrams.tocsc()
+    once = occurrences == 1
+    group = np.empty(len(once), dtype=np.int64)
+    group[~once] = np.arange((~once).sum())
+    rows = columns.indices[columns.indptr[:-1][once]]
+    group[once] = (~once).sum() + np.unique(rows, return_inverse=True)[1]
+    length = np.sqrt(np.bincount(group))[group]
+    return sparse.csr_matrix((1 / length, (np.arange(len(group)), group)))
+
+
 def _embeddings(model: Any, counted: Counted) -> tuple[Any, Array]:
     """How much of which token's embedding stands at a bucket, (buckets, tokens) sparse; and these (tokens, hidden).
 
@@ -311,7 +340,7 @@ def solve(problem: Problem, penalty: float, start: Solution | None = None) -> So
         one = replace(problem, kind="multi_label_classification", targets=problem.targets[:, 1:])
         begin = None if start is None else start.columns(lambda part: 2 * part[..., 1:])
         return solve(one, penalty / 2, begin).columns(lambda part: np.concatenate([-part, part], axis=-1) / 2)
-    ratio, counts = _ratio(problem), problem.counts
+    ratio = _ratio(problem)
     labels, hidden = problem.targets.shape[1], problem.embeddings.shape[1]
     cuts = np.cumsum([ratio.size, hidden * labels])
 
@@ -328,10 +357,10 @@ def solve(problem: Problem, penalty: float, start: Solution | None = None) -> So
         if np.isinf(penalty):
             nothing = np.zeros(cuts[-1])
             return value, np.concatenate([nothing, gradient.sum(axis=0)])
-        on_weights = counts.T @ gradient
-        on_meanings = problem.scale * (problem.embeddings.T @ on_weights[problem.known].astype(np.float32))
+        on_words = ratio * (problem.counts.T @ gradient)
+        on_meanings = problem.scale * (problem.embeddings.T @ (problem.known.T @ gradient).astype(np.float32))
         weights = parameters[: cuts[-1]]
-        slope = np.concatenate([(ratio * on_weights).ravel(), on_meanings.ravel(), gradient.sum(axis=0)])
+        slope = np.concatenate([on_words.ravel(), on_meanings.ravel(), gradient.sum(axis=0)])
         slope[: cuts[-1]] += penalty * weights
         return value + penalty / 2 * float(weights @ weights), slope
 
@@ -351,14 +380,14 @@ def _is_one_question(problem: Problem) -> bool:
 
 
 def _ratio(problem: Problem) -> Array:
-    """R, (used buckets, labels): how much oftener than others a class has an n-gram, as a logarithm."""
+    """R, (groups, labels): how much oftener than others a class has an n-gram, as a logarithm."""
     targets, counts = problem.targets, problem.counts.sign()
     if problem.kind == "regression":
         return np.ones((counts.shape[1], targets.shape[1]))
 
     def share(weights: Array) -> Array:
         had = np.asarray(counts.T @ weights) + 1.0
-        return np.asarray(np.log(had / had.sum(axis=0)))
+        return np.asarray(np.log(had / (problem.sizes @ had)))
 
     had = share(targets)
     if problem.kind == "multi_label_classification":
