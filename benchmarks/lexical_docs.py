@@ -153,6 +153,7 @@ Trainer(model=model, train_dataset=rows, processing_class=tokenizer).train()
   apart. The hash is plain integer arithmetic, the same on every platform; a test holds it to a version in plain Python.
 - **Fitting** is a convex problem, solved once (`training/lexical.py`; scipy's L-BFGS). Weights are stretched by naive Bayes log ratios (Wang and Manning, ACL 2012), and the encoder's own
   token embeddings stand behind single tokens, so that words that the training texts do not have are known too. Both end up in one table of weights: nothing of it costs anything later.
+  N-grams that occur once are solved for as one per row, which changes no weight and saves most of the time; of more than 20,000 rows, 20,000 choose the penalty.
 - **Regularisation**, and how much the embeddings say, are chosen on held-out rows, since overconfidence at exit 0 is what hurts. The weights are then held fixed.
 - **`lexical_logits`**: on the rows that it was fitted to, exit 0 looks better than it is. `fit_lexical_exit` returns what an exit fitted to the other four fifths says of each row, and
   `forward` takes these in training, so that gates and later exits learn what it is worth on new rows. `make_exit_table` takes them too.

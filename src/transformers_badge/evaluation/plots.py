@@ -165,7 +165,7 @@ def plot_tradeoff(record: dict[str, Any], path: Path) -> None:
     axes.set_xlabel("layer speedup (blocks / mean exit layer)")
     axes.set_ylabel("test accuracy (%)")
     axes.set_xlim(0.9, 1.07 * max(blocks, min(2 * chosen["layer_speedup"], 4 * blocks)))
-    axes.legend(frameon=False, fontsize=8.5, loc="lower left")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     figure.savefig(path)
 
 
