@@ -169,7 +169,7 @@ def test_rare_ngrams_in_groups_get_the_very_weights_of_all(monkeypatch):
 
     def solve(groups):
         problem = lexical.Problem(
-            counts @ groups, np.diff(groups.tocsc().indptr), known, embeddings, targets, "single_label_classification"
+            counts @ groups, groups.getnnz(axis=0), known, embeddings, targets, "single_label_classification"
         )
         found = lexical.solve(problem.select(np.arange(30)), 0.3)  # of some rows, as in a fold
         return groups @ found.words, found.meanings, found.bias, found.answers(problem)

@@ -140,11 +140,12 @@ def fit_lexical_exit(
     mixing, embeddings = _embeddings(model, counted)
     used = np.flatnonzero(counted.occurrences)
     known = used[np.diff(mixing.indptr)[used] > 0]
-    groups = group_rare(counted.ngrams[:, used], counted.occurrences[used])
+    ngrams = counted.ngrams[:, used]
+    groups = group_rare(ngrams, counted.occurrences[used])
     goals = (goals[fitted_to] - center) / spread
     problem = Problem(
-        counts=counted.ngrams[:, used] @ groups,
-        sizes=np.diff(groups.tocsc().indptr),
+        counts=ngrams @ groups,
+        sizes=groups.getnnz(axis=0),
         known=counted.ngrams[:, known],
         embeddings=mixing[known] @ embeddings,
         targets=goals,
