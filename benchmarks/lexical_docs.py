@@ -151,7 +151,7 @@ Trainer(model=model, train_dataset=rows, processing_class=tokenizer).train()
 
 - **N-grams** of one and two tokens (`lexical_ngrams`) are hashed into 2^18 buckets (`lexical_buckets`). Padding and special tokens are in none of them, and the texts of a pair are told
   apart. The hash is plain integer arithmetic, the same on every platform; a test holds it to a version in plain Python.
-- **Fitting** is a convex problem, solved once (`training/lexical.py`; scipy's L-BFGS). Weights are stretched by naive Bayes log ratios (Wang and Manning, ACL 2012), and the encoder's own
+- **Fitting** is a convex problem, solved once (`training/lexical_solver.py`; scipy's Newton method with conjugate gradients). Weights are stretched by naive Bayes log ratios (Wang and Manning, ACL 2012), and the encoder's own
   token embeddings stand behind single tokens, so that words that the training texts do not have are known too. Both end up in one table of weights: nothing of it costs anything later.
   N-grams that occur once are solved for as one per row, which changes no weight and saves most of the time; of more than 20,000 rows, 20,000 choose the penalty.
 - **Regularisation**, and how much the embeddings say, are chosen on held-out rows, since overconfidence at exit 0 is what hurts. The weights are then held fixed.

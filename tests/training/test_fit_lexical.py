@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 from scipy import sparse
-from scipy.optimize import check_grad
+from scipy.optimize import check_grad, minimize
 from scipy.special import softmax
 
 from tiny import VOCABULARY, pad, tiny_config
 from transformers_badge import BadgeForSequenceClassification, fit_lexical_exit
 from transformers_badge.inference.explain import explain_lexical_exit
-from transformers_badge.training import lexical
+from transformers_badge.training import lexical, lexical_solver
 
 
 TOKENIZER = SimpleNamespace(all_special_ids=[0, 1, 2, 3], unk_token_id=0)
@@ -116,37 +116,64 @@ def test_several_labels_and_values():
 
 
 @pytest.mark.parametrize("kind", ["single_label_classification", "multi_label_classification", "regression"])
-def test_the_gradient_of_the_loss_is_right(kind):
+def test_gradient_and_curvature_of_the_loss_are_right(kind):
     generator = np.random.default_rng(0)
     targets = generator.dirichlet([1, 1, 1], 5)
-    problem = lexical.Problem(None, np.empty(0), None, np.empty(0), targets, kind)
+    problem = lexical_solver.Problem(None, np.empty(0), None, np.empty(0), targets, kind)
     start = generator.normal(size=15)
     error = check_grad(
-        lambda z: lexical._loss(z.reshape(5, 3), problem)[0],
-        lambda z: lexical._loss(z.reshape(5, 3), problem)[1].ravel(),
+        lambda z: lexical_solver.answer_loss(z.reshape(5, 3), problem)[0],
+        lambda z: lexical_solver.answer_loss(z.reshape(5, 3), problem)[1].ravel(),
         start,
     )
     assert error < 1e-5
+    logits, change = start.reshape(5, 3), generator.normal(size=(5, 3))
+    gradient = [lexical_solver.answer_loss(logits + sign * 1e-5 * change, problem)[1] for sign in (1, -1)]
+    assert np.allclose(lexical_solver._bend(logits, change, problem), (gradient[0] - gradient[1]) / 2e-5, atol=1e-8)
 
 
-def two_class_problem(targets):
+def small_problem(targets, kind="single_label_classification"):
     generator = np.random.default_rng(0)
     counts = sparse.csr_matrix(generator.random((60, 30)) * (generator.random((60, 30)) < 0.2))
     embeddings = generator.normal(size=(4, 5)).astype(np.float32)
     known, sizes = counts[:, [0, 3, 7, 9]], np.ones(30)
-    return lexical.Problem(counts, sizes, known, embeddings, targets, "single_label_classification", 0.5)
+    return lexical_solver.Problem(counts, sizes, known, embeddings, targets, kind, 0.5)
+
+
+@pytest.mark.parametrize("kind", ["single_label_classification", "multi_label_classification", "regression"])
+def test_the_solver_finds_what_another_finds(monkeypatch, kind):
+    problem = small_problem(np.random.default_rng(1).dirichlet([1, 1, 1], 60), kind)
+
+    def other(penalty):
+        objective = lexical_solver.Objective(problem, penalty)
+        options = {"ftol": 1e-15, "gtol": 1e-10, "maxiter": 5000}
+        return objective.solution(
+            minimize(objective.loss, np.zeros(objective.size), jac=True, method="L-BFGS-B", options=options).x
+        )
+
+    usual = lexical_solver.solve(problem, 0.3).answers(problem)
+    monkeypatch.setattr(lexical_solver, "_TOLERANCE", 1e-6)
+    exact = lexical_solver.solve(problem, 0.3).answers(problem)
+    assert np.allclose(exact, other(0.3).answers(problem), atol=1e-4)
+    assert not np.allclose(exact, other(0.31).answers(problem), atol=1e-4)
+    assert np.allclose(usual, exact, atol=0.01)
+
+
+def test_where_the_slope_is_none_from_the_start_the_constant_is_the_answer():
+    balanced = small_problem(np.eye(2)[np.arange(60) % 2])
+    assert np.array_equal(lexical_solver.solve(balanced, np.inf).answers(balanced), np.zeros((60, 2)))
 
 
 @pytest.mark.parametrize("soft", [False, True])
 def test_two_classes_are_solved_as_one_question_with_the_same_answers(monkeypatch, soft):
-    monkeypatch.setattr(lexical, "_TOLERANCE", 1e-14)
+    monkeypatch.setattr(lexical_solver, "_TOLERANCE", 1e-14)
     share = np.random.default_rng(1).random(60)
     share = share if soft else share.round()
-    problem = two_class_problem(np.stack([1 - share, share], axis=1))
-    quick, continued = lexical.solve(problem, 0.3), lexical.solve(problem, 0.3, lexical.solve(problem, 1.0))
-    other = lexical.solve(problem, 0.5)
-    monkeypatch.setattr(lexical, "_is_one_question", lambda problem: False)
-    plain = lexical.solve(problem, 0.3)
+    problem = small_problem(np.stack([1 - share, share], axis=1))
+    solve = lexical_solver.solve
+    quick, continued, other = solve(problem, 0.3), solve(problem, 0.3, solve(problem, 1.0)), solve(problem, 0.5)
+    monkeypatch.setattr(lexical_solver, "_is_one_question", lambda problem: False)
+    plain = solve(problem, 0.3)
     for found in (quick, continued):
         for part in ("words", "meanings", "bias"):
             assert np.allclose(getattr(found, part), getattr(plain, part), atol=1e-4), part
@@ -154,12 +181,12 @@ def test_two_classes_are_solved_as_one_question_with_the_same_answers(monkeypatc
 
 
 def test_targets_that_share_no_row_between_them_are_two_questions():
-    assert lexical._is_one_question(two_class_problem(np.full((60, 2), 0.5)))
-    assert not lexical._is_one_question(two_class_problem(np.full((60, 2), 0.9)))
+    assert lexical_solver._is_one_question(small_problem(np.full((60, 2), 0.5)))
+    assert not lexical_solver._is_one_question(small_problem(np.full((60, 2), 0.9)))
 
 
 def test_rare_ngrams_in_groups_get_the_very_weights_of_all(monkeypatch):
-    monkeypatch.setattr(lexical, "_TOLERANCE", 1e-14)
+    monkeypatch.setattr(lexical_solver, "_TOLERANCE", 1e-14)
     generator = np.random.default_rng(0)
     times = generator.integers(1, 3, (40, 600)) * (generator.random((40, 600)) < 0.01)
     times = times[:, times.any(axis=0)]
@@ -168,10 +195,10 @@ def test_rare_ngrams_in_groups_get_the_very_weights_of_all(monkeypatch):
     targets = np.eye(3)[generator.integers(0, 3, 40)]
 
     def solve(groups):
-        problem = lexical.Problem(
+        problem = lexical_solver.Problem(
             counts @ groups, groups.getnnz(axis=0), known, embeddings, targets, "single_label_classification"
         )
-        found = lexical.solve(problem.select(np.arange(30)), 0.3)  # of some rows, as in a fold
+        found = lexical_solver.solve(problem.select(np.arange(30)), 0.3)  # of some rows, as in a fold
         return groups @ found.words, found.meanings, found.bias, found.answers(problem)
 
     grouped, alone = lexical.group_rare(counts, occurrences), sparse.identity(times.shape[1], format="csr")

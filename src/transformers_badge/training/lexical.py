@@ -1,14 +1,4 @@
-"""Fitting exit 0: a convex problem, solved once before the fine-tuning.
-
-The weights of a row's n-grams are
-
-    W = R * V + s U M
-
-V, what is learned of every n-gram, is stretched by R, the naive Bayes log ratio of how often a class has it (Wang and
-Manning, "Baselines and Bigrams", ACL 2012). U holds the encoder's own embeddings of the single tokens, so that M speaks
-for words that the texts do not have as well. Both are drawn to zero alike; the sum is an ordinary table of weights, and
-what was learned through the embeddings costs nothing later.
-"""
+"""Fitting exit 0, once before the fine-tuning: what is counted, and which penalty is chosen. See `lexical_solver`."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -16,12 +6,11 @@ from typing import Any
 
 import numpy as np
 from scipy import sparse
-from scipy.optimize import minimize
-from scipy.special import expit, log_expit, log_softmax, softmax
 
 from transformers_badge.model.loss_badge import infer_problem_type
 from transformers_badge.model.ngrams_badge import ngram_buckets
 from transformers_badge.model.rows_badge import pad_rows
+from transformers_badge.training.lexical_solver import Problem, Solution, answer_loss, solve
 
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -32,53 +21,7 @@ SEARCHED_ROWS = 20_000  # at most, that penalty and scale are chosen on: more wo
 # Penalties of the squared weights, from strict to bold; the first is a constant answer, for where words say nothing.
 PENALTIES = (float("inf"), 3.0, 1.0, 0.3, 0.1, 0.03)
 SCALES = (0.03, 0.06)  # s, how much the embeddings speak for their words
-_STEPS, _TOLERANCE = 200, 1e-5  # of the solver: at most so many, until the loss falls by no larger a share
 _CHUNK = 1024  # rows that are hashed at a time
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Rows to fit to.
-
-    Args:
-        counts: (rows, groups), sparse: n-grams, over the square root of how many a row has; see `group_rare`.
-        sizes: (groups,), how many n-grams are in each.
-        known: (rows, tokens), sparse: the same of single n-grams, those that have an embedding.
-        embeddings: (tokens, hidden), float32: their rows of U.
-        targets: (rows, labels).
-        kind: the problem type.
-        scale: s.
-    """
-
-    counts: Any
-    sizes: Array
-    known: Any
-    embeddings: Array
-    targets: Array
-    kind: str
-    scale: float = SCALES[0]
-
-    def select(self, rows: Array) -> "Problem":
-        """The problem of some rows."""
-        return replace(self, counts=self.counts[rows], known=self.known[rows], targets=self.targets[rows])
-
-
-@dataclass(frozen=True)
-class Solution:
-    """What was learned: R * V (groups, labels), s M (hidden, labels) and the constant (labels,)."""
-
-    words: Array
-    meanings: Array
-    bias: Array
-
-    def answers(self, problem: Problem) -> Array:
-        """Logits (rows, labels)."""
-        meanings = problem.embeddings @ self.meanings.astype(np.float32)
-        return np.asarray(problem.counts @ self.words + problem.known @ meanings + self.bias)
-
-    def columns(self, change: Callable[[Array], Array]) -> "Solution":
-        """With other columns, one per label, made of those of each part."""
-        return Solution(change(self.words), change(self.meanings), change(self.bias))
 
 
 def fit_lexical_exit(
@@ -160,11 +103,11 @@ def fit_lexical_exit(
         problem = replace(problem, scale=scale)
         for fold in range(FOLDS):
             rest, held_out = (problem.select(np.flatnonzero(part)) for part in (folds != fold, folds == fold))
-            # The solution that was chosen has seen the rows of the other folds: it may not be where theirs begin.
-            solution = solve(rest, penalty, chosen if fold == 0 else None)
+            # The search left the first fold out as well, and so has solved this already if it saw all other rows.
+            solution = chosen if fold == 0 and len(searched) == len(folds) else solve(rest, penalty)
             logits[fitted_to[folds == fold]] = solution.answers(held_out) * spread + center
             bar.update(1)
-        solution = solve(problem, penalty, chosen)
+        solution = solve(problem, penalty)
         bar.update(1)
 
     weights = np.asarray(mixing @ (embeddings @ solution.meanings.astype(np.float32)), dtype=np.float64)
@@ -317,7 +260,7 @@ def _best(rest: Problem, held_out: Problem, on_fit: Callable[[int], Any]) -> tup
         for number, penalty in enumerate(PENALTIES):
             solution = solve(replace(rest, scale=scale), penalty, before)
             before = None if np.isinf(penalty) else solution
-            loss = float(_loss(solution.answers(held_out), held_out)[0]) / len(held_out.targets)
+            loss = float(answer_loss(solution.answers(held_out), held_out)[0]) / len(held_out.targets)
             if best is None or loss < best[0]:
                 best = loss, scale, penalty, solution
             if loss > least:  # bolder ones are worse still, and take longest
@@ -327,86 +270,3 @@ def _best(rest: Problem, held_out: Problem, on_fit: Callable[[int], Any]) -> tup
             on_fit(1)
     assert best is not None
     return best[1:]
-
-
-def solve(problem: Problem, penalty: float, start: Solution | None = None) -> Solution:
-    """The weights with the smallest loss plus penalty / 2 times their squares; the constant is free.
-
-    Args:
-        penalty: above 0; infinity leaves the constant alone.
-        start: a solution to begin with. Default: zeros.
-    """
-    if _is_one_question(problem):
-        # The weights of two classes are each other's negative: half as many to find, and their penalties add up.
-        one = replace(problem, kind="multi_label_classification", targets=problem.targets[:, 1:])
-        begin = None if start is None else start.columns(lambda part: 2 * part[..., 1:])
-        return solve(one, penalty / 2, begin).columns(lambda part: np.concatenate([-part, part], axis=-1) / 2)
-    ratio = _ratio(problem)
-    labels, hidden = problem.targets.shape[1], problem.embeddings.shape[1]
-    cuts = np.cumsum([ratio.size, hidden * labels])
-
-    def unpack(parameters: Array) -> tuple[Array, Array, Array]:
-        words, meanings, bias = np.split(parameters, cuts)
-        return words.reshape(ratio.shape), meanings.reshape(hidden, labels), bias
-
-    def as_solution(parameters: Array) -> Solution:
-        words, meanings, bias = unpack(parameters)
-        return Solution(ratio * words, problem.scale * meanings, bias)
-
-    def loss(parameters: Array) -> tuple[float, Array]:
-        value, gradient = _loss(as_solution(parameters).answers(problem), problem)
-        if np.isinf(penalty):
-            nothing = np.zeros(cuts[-1])
-            return value, np.concatenate([nothing, gradient.sum(axis=0)])
-        on_words = ratio * (problem.counts.T @ gradient)
-        on_meanings = problem.scale * (problem.embeddings.T @ (problem.known.T @ gradient).astype(np.float32))
-        weights = parameters[: cuts[-1]]
-        slope = np.concatenate([on_words.ravel(), on_meanings.ravel(), gradient.sum(axis=0)])
-        slope[: cuts[-1]] += penalty * weights
-        return value + penalty / 2 * float(weights @ weights), slope
-
-    parameters = np.zeros(cuts[-1] + labels)
-    if start is not None:
-        words = np.divide(start.words, ratio, out=np.zeros_like(ratio), where=ratio != 0)
-        parameters = np.concatenate([words.ravel(), start.meanings.ravel() / problem.scale, start.bias])
-    found = minimize(loss, parameters, jac=True, method="L-BFGS-B", options={"maxiter": _STEPS, "ftol": _TOLERANCE})
-    return as_solution(found.x)
-
-
-def _is_one_question(problem: Problem) -> bool:
-    """Whether two classes share a row between them, so that what is said of one says it all."""
-    targets = problem.targets
-    two = problem.kind == "single_label_classification" and targets.shape[1] == 2
-    return two and bool(np.allclose(targets.sum(axis=1), 1))
-
-
-def _ratio(problem: Problem) -> Array:
-    """R, (groups, labels): how much oftener than others a class has an n-gram, as a logarithm."""
-    targets, counts = problem.targets, problem.counts.sign()
-    if problem.kind == "regression":
-        return np.ones((counts.shape[1], targets.shape[1]))
-
-    def share(weights: Array) -> Array:
-        had = np.asarray(counts.T @ weights) + 1.0
-        return np.asarray(np.log(had / (problem.sizes @ had)))
-
-    had = share(targets)
-    if problem.kind == "multi_label_classification":
-        return had - share(1 - targets)
-    classes = had.shape[1]  # of every class, against the mean of the others
-    return np.asarray((had - had.mean(axis=1, keepdims=True)) * classes / max(classes - 1, 1))
-
-
-def _loss(logits: Array, problem: Problem) -> tuple[float, Array]:
-    """Loss over the rows, summed, and its gradient (rows, labels)."""
-    targets = problem.targets
-    if problem.kind == "single_label_classification":
-        value = -(targets * log_softmax(logits, axis=1)).sum()
-        gradient = softmax(logits, axis=1) * targets.sum(axis=1, keepdims=True) - targets
-    elif problem.kind == "multi_label_classification":
-        value = -(targets * log_expit(logits) + (1 - targets) * log_expit(-logits)).sum()
-        gradient = expit(logits) - targets
-    else:
-        gradient = logits - targets
-        value = (gradient**2).sum() / 2
-    return float(value), gradient
