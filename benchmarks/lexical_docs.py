@@ -116,8 +116,21 @@ def time_rows(record: dict[str, Any], blocks: int) -> list[list[str]]:
     return rows
 
 
+def fit_rows(record: dict[str, Any]) -> list[list[str]]:
+    """A row per fit: how long it took, and its process's peak memory."""
+    return [
+        [fit["name"], f"{fit['rows']:,}", str(fit["classes"]), f"{fit['seconds']:.0f}", f"{fit['peak_mib'] / 1024:.1f}"]
+        for fit in record["fits"]
+    ]
+
+
 def write_exit_zero(
-    root: Path, record: dict[str, Any], times: dict[str, Any], demo: dict[str, Any], machine: Any
+    root: Path,
+    record: dict[str, Any],
+    times: dict[str, Any],
+    fits: dict[str, Any],
+    demo: dict[str, Any],
+    machine: Any,
 ) -> None:
     """Write docs/exit-zero.md."""
     tasks = list(dict.fromkeys((model["data"], model["recipe"]) for model in record["models"]))
@@ -153,13 +166,17 @@ Trainer(model=model, train_dataset=rows, processing_class=tokenizer).train()
   apart. The hash is plain integer arithmetic, the same on every platform; a test holds it to a version in plain Python.
 - **Fitting** is a convex problem, solved once (`training/lexical_solver.py`; scipy's Newton method with conjugate gradients). Weights are stretched by naive Bayes log ratios (Wang and Manning, ACL 2012), and the encoder's own
   token embeddings stand behind single tokens, so that words that the training texts do not have are known too. Both end up in one table of weights: nothing of it costs anything later.
-  N-grams that occur once are solved for as one per row, which changes no weight and saves most of the time; of more than 20,000 rows, 20,000 choose the penalty.
+  N-grams that occur once are solved for as one per row, which changes no weight and saves much time; of more than 20,000 rows, 20,000 choose the penalty.
 - **Regularisation**, and how much the embeddings say, are chosen on held-out rows, since overconfidence at exit 0 is what hurts. The weights are then held fixed.
 - **`lexical_logits`**: on the rows that it was fitted to, exit 0 looks better than it is. `fit_lexical_exit` returns what an exit fitted to the other four fifths says of each row, and
   `forward` takes these in training, so that gates and later exits learn what it is worth on new rows. `make_exit_table` takes them too.
 - It needs `input_ids`. Given `inputs_embeds`, `forward` asks for `lexical_logits` as well.
 - Where words say nothing, hardly a row leaves there: `calibrate` sees that the exit knows nothing, as a test shows, and what is left is the cost of hashing.
 - It costs {100 * cost["median"]:.2f} % ({100 * cost["min"]:.2f} to {100 * cost["max"]:.2f}) of one block of MiniLM for 32 rows of 64 tokens; exit tables count 2 %.
+
+How long a fit takes, all of it: counting, choosing the penalty, and what is said of each row by an exit fitted to others (`python benchmarks/fit_lexical.py`, on {machine(fits)}):
+
+{markdown_table(["texts", "rows", "classes", "seconds", "GiB of memory, at most"], fit_rows(fits))}
 
 It is the one exit that explains itself (`explain_lexical_exit` in `transformers_badge.inference.explain`). From the demo:
 

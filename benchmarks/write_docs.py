@@ -12,6 +12,7 @@ Example: python benchmarks/write_docs.py (`make docs`). To renew the records fir
     python benchmarks/guarantee.py                            -> guarantee.json
     python benchmarks/lexical.py                              -> lexical.json
     python benchmarks/lexical.py --time demo-output/checkpoint -> lexical_time.json
+    python benchmarks/fit_lexical.py                          -> lexical_fit.json
     python benchmarks/engines.py demo-output/checkpoint       -> engines/benchmark.json as engines.json
         (of demo --full, with --calibration-rows 2000; with --engine bf16 besides as engines_bf16.json)
     python benchmarks/pruned.py demo-output/checkpoint        -> pruned.json (of demo --full)
@@ -378,7 +379,7 @@ def main() -> None:
     write_bypass()
     criteria = load("criteria")
     write_criteria(ROOT, criteria, load("guarantee"), machine(criteria))
-    write_exit_zero(ROOT, load("lexical"), load("lexical_time"), demo, machine)
+    write_exit_zero(ROOT, load("lexical"), load("lexical_time"), load("lexical_fit"), demo, machine)
     write_engines(ROOT, load("engines"), load("regroup"), load("engines_bf16"), load("pruned"), machine)
     plot_tradeoff(demo, ROOT / "docs" / "images" / "tradeoff.png")
 
