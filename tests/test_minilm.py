@@ -11,7 +11,7 @@ from transformers_badge.inference.predict import predict_texts
 from transformers_badge.training.fine_tune import make_trainer, tokenize
 
 
-TRAIN, HELD_OUT = slice(0, 960), slice(960, 1460)
+TRAIN, HELD_OUT = slice(0, 640), slice(640, 1140)
 
 
 @pytest.fixture(scope="module")
