@@ -105,7 +105,11 @@ class Objective:
         labels, hidden = problem.targets.shape[1], problem.embeddings.shape[1]
         self._cuts = np.cumsum([self._ratio.size, hidden * labels])
         self._shrink = np.repeat([0.0 if self._constant else penalty, 0.0], [self._cuts[-1], labels])
-        self._place, self._answers = np.empty(0), np.empty(0)
+        # What the embeddings say of a row, in one product or in two, whichever reads less.
+        self._said = [problem.known, problem.embeddings]
+        if problem.known.shape[0] < problem.known.shape[1]:
+            self._said = [(problem.known @ problem.embeddings).astype(np.float32)]
+        self._place, self._answered = np.empty(0), np.empty(0)
         self.size = len(self._shrink)
 
     def solution(self, parameters: Array) -> Solution:
@@ -121,23 +125,32 @@ class Objective:
 
     def loss(self, parameters: Array) -> tuple[float, Array]:
         """Loss and penalty, and their gradient."""
-        value, gradient = answer_loss(self.solution(parameters).answers(self.problem), self.problem)
+        value, gradient = answer_loss(self._answers(parameters), self.problem)
         return value + float(self._shrink @ parameters**2) / 2, self._pull(gradient) + self._shrink * parameters
 
     def curvature(self, parameters: Array, direction: Array) -> Array:
         """The second derivative at these parameters, times a direction."""
         if not np.array_equal(self._place, parameters):  # many directions are asked for at a place
-            self._place, self._answers = parameters.copy(), self.solution(parameters).answers(self.problem)
-        change = self.solution(direction).answers(self.problem)
-        return np.asarray(self._pull(_bend(self._answers, change, self.problem)) + self._shrink * direction)
+            self._place, self._answered = parameters.copy(), self._answers(parameters)
+        bent = _bend(self._answered, self._answers(direction), self.problem)
+        return np.asarray(self._pull(bent) + self._shrink * direction)
+
+    def _answers(self, parameters: Array) -> Array:
+        """Logits (rows, labels), as `Solution.answers` has them."""
+        solution = self.solution(parameters)
+        said = solution.meanings.astype(np.float32)
+        for matrix in reversed(self._said):
+            said = matrix @ said
+        return np.asarray(self.problem.counts @ solution.words + said + solution.bias)
 
     def _pull(self, gradient: Array) -> Array:
         """A gradient by the answers, (rows, labels), as one by the parameters."""
         if self._constant:
             return np.concatenate([np.zeros(self._cuts[-1]), gradient.sum(axis=0)])
-        problem = self.problem
-        on_words = self._ratio * (problem.counts.T @ gradient)
-        on_meanings = problem.scale * (problem.embeddings.T @ (problem.known.T @ gradient).astype(np.float32))
+        on_words, on_meanings = self._ratio * (self.problem.counts.T @ gradient), gradient
+        for matrix in self._said:
+            on_meanings = matrix.T @ on_meanings.astype(np.float32)
+        on_meanings = self.problem.scale * on_meanings
         return np.concatenate([on_words.ravel(), on_meanings.ravel(), gradient.sum(axis=0)])
 
 
