@@ -119,7 +119,7 @@ def test_several_labels_and_values():
 def test_gradient_and_curvature_of_the_loss_are_right(kind):
     generator = np.random.default_rng(0)
     targets = generator.dirichlet([1, 1, 1], 5)
-    problem = lexical_solver.Problem(None, np.empty(0), None, np.empty(0), targets, kind)
+    problem = lexical_solver.Problem(None, np.empty(0), [], targets, kind)
     start = generator.normal(size=15)
     error = check_grad(
         lambda z: lexical_solver.answer_loss(z.reshape(5, 3), problem)[0],
@@ -129,7 +129,8 @@ def test_gradient_and_curvature_of_the_loss_are_right(kind):
     assert error < 1e-5
     logits, change = start.reshape(5, 3), generator.normal(size=(5, 3))
     gradient = [lexical_solver.answer_loss(logits + sign * 1e-5 * change, problem)[1] for sign in (1, -1)]
-    assert np.allclose(lexical_solver._bend(logits, change, problem), (gradient[0] - gradient[1]) / 2e-5, atol=1e-8)
+    bent = lexical_solver._bend(lexical_solver._predict(logits, problem), change, problem)
+    assert np.allclose(bent, (gradient[0] - gradient[1]) / 2e-5, atol=1e-8)
 
 
 def small_problem(targets, kind="single_label_classification"):
@@ -137,7 +138,7 @@ def small_problem(targets, kind="single_label_classification"):
     counts = sparse.csr_matrix(generator.random((60, 30)) * (generator.random((60, 30)) < 0.2))
     embeddings = generator.normal(size=(4, 5)).astype(np.float32)
     known, sizes = counts[:, [0, 3, 7, 9]], np.ones(30)
-    return lexical_solver.Problem(counts, sizes, known, embeddings, targets, kind, 0.5)
+    return lexical_solver.Problem(counts, sizes, [known, embeddings], targets, kind, 0.5)
 
 
 @pytest.mark.parametrize("kind", ["single_label_classification", "multi_label_classification", "regression"])
@@ -196,7 +197,7 @@ def test_rare_ngrams_in_groups_get_the_very_weights_of_all(monkeypatch):
 
     def solve(groups):
         problem = lexical_solver.Problem(
-            counts @ groups, groups.getnnz(axis=0), known, embeddings, targets, "single_label_classification"
+            counts @ groups, groups.getnnz(axis=0), [known, embeddings], targets, "single_label_classification"
         )
         found = lexical_solver.solve(problem.select(np.arange(30)), 0.3)  # of some rows, as in a fold
         return groups @ found.words, found.meanings, found.bias, found.answers(problem)

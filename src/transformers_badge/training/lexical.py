@@ -10,7 +10,7 @@ from scipy import sparse
 from transformers_badge.model.loss_badge import infer_problem_type
 from transformers_badge.model.ngrams_badge import ngram_buckets
 from transformers_badge.model.rows_badge import pad_rows
-from transformers_badge.training.lexical_solver import Problem, Solution, answer_loss, solve
+from transformers_badge.training.lexical_solver import Problem, Solution, answer_loss, shorter, solve
 
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -89,8 +89,7 @@ def fit_lexical_exit(
     problem = Problem(
         counts=ngrams @ groups,
         sizes=groups.getnnz(axis=0),
-        known=counted.ngrams[:, known],
-        embeddings=mixing[known] @ embeddings,
+        meant=shorter([counted.ngrams[:, known], mixing[known] @ embeddings]),
         targets=goals,
         kind=kind,
     )

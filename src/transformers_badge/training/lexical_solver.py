@@ -32,8 +32,8 @@ class Problem:
     Args:
         counts: (rows, groups), sparse: n-grams, over the square root of how many a row has; see `group_rare`.
         sizes: (groups,), how many n-grams are in each.
-        known: (rows, tokens), sparse: the same of single n-grams, those that have an embedding.
-        embeddings: (tokens, hidden), float32: their rows of U.
+        meant: `shorter` of two matrices: (rows, tokens), sparse, the same of single n-grams, those that have an
+            embedding; and (tokens, hidden), float32, their rows of U.
         targets: (rows, labels).
         kind: the problem type.
         scale: s.
@@ -41,15 +41,22 @@ class Problem:
 
     counts: Any
     sizes: Array
-    known: Any
-    embeddings: Array
+    meant: list[Any]
     targets: Array
     kind: str
-    scale: float = 0.03
+    scale: float = 1.0
 
     def select(self, rows: Array) -> "Problem":
         """The problem of some rows."""
-        return replace(self, counts=self.counts[rows], known=self.known[rows], targets=self.targets[rows])
+        meant = shorter([self.meant[0][rows], *self.meant[1:]])
+        return replace(self, counts=self.counts[rows], meant=meant, targets=self.targets[rows])
+
+
+def shorter(factors: list[Any]) -> list[Any]:
+    """Two matrices that are to be multiplied, or their product if it has fewer rows: whichever is less to read."""
+    if len(factors) == 1 or factors[0].shape[0] >= factors[1].shape[0]:
+        return factors
+    return [(factors[0] @ factors[1]).astype(np.float32)]
 
 
 @dataclass(frozen=True)
@@ -62,8 +69,10 @@ class Solution:
 
     def answers(self, problem: Problem) -> Array:
         """Logits (rows, labels)."""
-        meanings = problem.embeddings @ self.meanings.astype(np.float32)
-        return np.asarray(problem.counts @ self.words + problem.known @ meanings + self.bias)
+        said = self.meanings.astype(np.float32)
+        for matrix in reversed(problem.meant):
+            said = matrix @ said
+        return np.asarray(problem.counts @ self.words + said + self.bias)
 
     def columns(self, change: Callable[[Array], Array]) -> "Solution":
         """With other columns, one per label, made of those of each part."""
@@ -86,8 +95,6 @@ def solve(problem: Problem, penalty: float, start: Solution | None = None) -> So
     zeros = np.zeros(objective.size)
     flat = max(_TOLERANCE * float(np.linalg.norm(objective.loss(zeros)[1])), _FLAT)
     begin = zeros if start is None else objective.parameters(start)
-    if np.linalg.norm(objective.loss(begin)[1]) < flat:  # the solver would not see it
-        return objective.solution(begin)
     options = {"gtol": flat, "maxiter": _STEPS}
     found = minimize(objective.loss, begin, jac=True, hessp=objective.curvature, method="trust-ncg", options=options)
     return objective.solution(found.x)
@@ -102,14 +109,10 @@ class Objective:
 
     def __init__(self, problem: Problem, penalty: float) -> None:
         self.problem, self._ratio, self._constant = problem, _ratio(problem), bool(np.isinf(penalty))
-        labels, hidden = problem.targets.shape[1], problem.embeddings.shape[1]
+        labels, hidden = problem.targets.shape[1], problem.meant[-1].shape[1]
         self._cuts = np.cumsum([self._ratio.size, hidden * labels])
         self._shrink = np.repeat([0.0 if self._constant else penalty, 0.0], [self._cuts[-1], labels])
-        # What the embeddings say of a row, in one product or in two, whichever reads less.
-        self._said = [problem.known, problem.embeddings]
-        if problem.known.shape[0] < problem.known.shape[1]:
-            self._said = [(problem.known @ problem.embeddings).astype(np.float32)]
-        self._place, self._answered = np.empty(0), np.empty(0)
+        self._place, self._predicted = np.empty(0), np.empty(0)
         self.size = len(self._shrink)
 
     def solution(self, parameters: Array) -> Solution:
@@ -125,30 +128,23 @@ class Objective:
 
     def loss(self, parameters: Array) -> tuple[float, Array]:
         """Loss and penalty, and their gradient."""
-        value, gradient = answer_loss(self._answers(parameters), self.problem)
+        value, gradient = answer_loss(self.solution(parameters).answers(self.problem), self.problem)
         return value + float(self._shrink @ parameters**2) / 2, self._pull(gradient) + self._shrink * parameters
 
     def curvature(self, parameters: Array, direction: Array) -> Array:
         """The second derivative at these parameters, times a direction."""
         if not np.array_equal(self._place, parameters):  # many directions are asked for at a place
-            self._place, self._answered = parameters.copy(), self._answers(parameters)
-        bent = _bend(self._answered, self._answers(direction), self.problem)
+            self._place = parameters.copy()
+            self._predicted = _predict(self.solution(parameters).answers(self.problem), self.problem)
+        bent = _bend(self._predicted, self.solution(direction).answers(self.problem), self.problem)
         return np.asarray(self._pull(bent) + self._shrink * direction)
-
-    def _answers(self, parameters: Array) -> Array:
-        """Logits (rows, labels), as `Solution.answers` has them."""
-        solution = self.solution(parameters)
-        said = solution.meanings.astype(np.float32)
-        for matrix in reversed(self._said):
-            said = matrix @ said
-        return np.asarray(self.problem.counts @ solution.words + said + solution.bias)
 
     def _pull(self, gradient: Array) -> Array:
         """A gradient by the answers, (rows, labels), as one by the parameters."""
         if self._constant:
             return np.concatenate([np.zeros(self._cuts[-1]), gradient.sum(axis=0)])
         on_words, on_meanings = self._ratio * (self.problem.counts.T @ gradient), gradient
-        for matrix in self._said:
+        for matrix in self.problem.meant:
             on_meanings = matrix.T @ on_meanings.astype(np.float32)
         on_meanings = self.problem.scale * on_meanings
         return np.concatenate([on_words.ravel(), on_meanings.ravel(), gradient.sum(axis=0)])
@@ -178,27 +174,36 @@ def _ratio(problem: Problem) -> Array:
     return np.asarray((had - had.mean(axis=1, keepdims=True)) * classes / max(classes - 1, 1))
 
 
+def _predict(logits: Array, problem: Problem) -> Array:
+    """What logits (rows, labels) stand for: probabilities, or values as they are."""
+    if problem.kind == "single_label_classification":
+        return np.asarray(softmax(logits, axis=1))
+    return np.asarray(expit(logits)) if problem.kind == "multi_label_classification" else logits
+
+
 def answer_loss(logits: Array, problem: Problem) -> tuple[float, Array]:
     """Loss over the rows, summed, and its gradient (rows, labels)."""
-    targets = problem.targets
+    targets, predicted = problem.targets, _predict(logits, problem)
     if problem.kind == "single_label_classification":
         value = -(targets * log_softmax(logits, axis=1)).sum()
-        gradient = softmax(logits, axis=1) * targets.sum(axis=1, keepdims=True) - targets
-    elif problem.kind == "multi_label_classification":
+        return float(value), predicted * targets.sum(axis=1, keepdims=True) - targets
+    if problem.kind == "multi_label_classification":
         value = -(targets * log_expit(logits) + (1 - targets) * log_expit(-logits)).sum()
-        gradient = expit(logits) - targets
     else:
-        gradient = logits - targets
-        value = (gradient**2).sum() / 2
-    return float(value), gradient
+        value = ((logits - targets) ** 2).sum() / 2
+    return float(value), predicted - targets
 
 
-def _bend(logits: Array, change: Array, problem: Problem) -> Array:
-    """By how much the gradient of `_loss` changes, to first order, when the logits change by this, (rows, labels)."""
+def _bend(predicted: Array, change: Array, problem: Problem) -> Array:
+    """By how much the gradient of `answer_loss` changes, to first order, when the logits change by this.
+
+    Args:
+        predicted: (rows, labels), what is predicted before.
+        change: (rows, labels), of the logits.
+    """
     if problem.kind == "single_label_classification":
-        shares = softmax(logits, axis=1)
-        moved = shares * (change - (shares * change).sum(axis=1, keepdims=True))
+        moved = predicted * (change - (predicted * change).sum(axis=1, keepdims=True))
         return np.asarray(moved * problem.targets.sum(axis=1, keepdims=True))
     if problem.kind == "multi_label_classification":
-        return np.asarray(expit(logits) * expit(-logits) * change)
+        return np.asarray(predicted * (1 - predicted) * change)
     return change
