@@ -8,7 +8,6 @@ Example: python benchmarks/fit_lexical.py --output-dir bench-output
 
 import argparse
 import json
-import resource
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -23,7 +22,7 @@ from transformers.utils import logging
 
 from transformers_badge import BadgeForSequenceClassification, fit_lexical_exit
 from transformers_badge.demo.sources import encoder_path, read_ratings, read_reviews
-from transformers_badge.evaluation.timing import describe_machine
+from transformers_badge.evaluation.timing import describe_machine, peak_of_this_process
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -59,7 +58,7 @@ def fit(name: str) -> dict[str, Any]:
     start = time.perf_counter()
     fit_lexical_exit(model, tokenizer, rows, show_progress=False)
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = peak_of_this_process()
     return {"name": name, "classes": case["classes"], "rows": len(rows), "seconds": seconds, "peak_mib": peak}
 
 

@@ -17,7 +17,7 @@ from transformers_badge.calibration.fitting import expected_correctness
 from transformers_badge.calibration.replay import replay, score_exits
 from transformers_badge.evaluation.contenders import COMPILED, ENGINES, Contenders, Run, Texts
 from transformers_badge.evaluation.curves import measure, run_thresholds
-from transformers_badge.evaluation.timing import describe_machine, time_in_turns
+from transformers_badge.evaluation.timing import describe_machine, peak_of_this_process, time_in_turns
 from transformers_badge.exit_table import ExitTable
 from transformers_badge.inference.exit_logits import make_exit_table
 from transformers_badge.model.early_exit_badge import predict_with_policy
@@ -283,13 +283,7 @@ def peak_memory(contenders: Contenders, kind: str, engine: str, texts: Texts) ->
 def _run_alone(
     made: tuple[Path, Path, int], policies: dict[str, ExitPolicy], kind: str, engine: str, texts: Any
 ) -> float:
-    import resource
-
     contenders = Contenders(*made)
     contenders.policies = policies
     contenders.run(kind, engine)(texts, MEMORY_BATCH)
-    status = Path("/proc/self/status")
-    if status.exists():  # what `resource` says there includes the process that started this one
-        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(peak.split()[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return peak_of_this_process()

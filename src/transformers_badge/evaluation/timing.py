@@ -1,5 +1,5 @@
 """Wall-clock comparisons: contenders take turns within one run, so that a machine that drifts drifts for all of
-them.
+them. And what a measurement is read with: the machine, and memory.
 """
 
 import platform
@@ -73,3 +73,14 @@ def describe_machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def peak_of_this_process() -> float:
+    """MiB at most that this process has needed so far."""
+    import resource
+
+    status = Path("/proc/self/status")
+    if status.exists():  # what `resource` says there includes the process that started this one
+        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(peak.split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
