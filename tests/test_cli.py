@@ -179,7 +179,7 @@ def test_convert_needs_texts_alone_and_predict_takes_what_it_makes(classifier, d
     texts = tmp_path / "texts.txt"
     texts.write_text("\n\n".join(line.split('"')[1] for line in data.read_text().splitlines()[1:]) + "\n")
     folder = tmp_path / "badge"
-    options = ["--epochs", "1", "--max-disagreement", "0.3", "--exit-layers", "1,3"]
+    options = ["--epochs", "1", "--max-disagreement", "0.3", "--exit-layers", "1,3", "--fill-up-to", "90"]
     code, printed, err = run(capsys, "convert", classifier, "--texts", texts, "--output-dir", folder, *options)
     assert code == 0, err
     printed = " ".join(printed.split())

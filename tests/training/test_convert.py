@@ -49,7 +49,7 @@ def source(minilm, tmp_path_factory):
 def converted(source, tmp_path_factory):
     folder = tmp_path_factory.mktemp("converted") / "badge"
     report = convert_classifier(
-        source, TEXTS, folder, max_disagreement=0.05, epochs=4, learning_rate=1e-2, lexical_exit=True
+        source, TEXTS, folder, max_disagreement=0.05, epochs=4, learning_rate=1e-2, lexical_exit=True, fill_up_to=400
     )
     return folder, report
 
@@ -70,7 +70,7 @@ def test_at_full_depth_the_converted_model_is_the_source(source, converted):
 def test_the_exits_learn_and_the_report_is_what_the_model_does(converted):
     folder, report = converted
     assert report == json.loads((folder / "conversion.json").read_text())
-    assert report["rows"] == {"taught": 336, "chosen": 96, "reported": 48}
+    assert report["rows"] == {"taught": 336, "made_up": 64, "chosen": 96, "reported": 48}
     assert report["exit_agreement"][-1] == 1.0
     assert min(report["exit_agreement"]) > 0.9
     assert report["layer_speedup"] > 1.5
@@ -93,7 +93,7 @@ def test_only_a_whole_checkpoint_is_left(converted):
 
 def test_exit_0_alone_needs_no_training(source, tmp_path):
     report = convert_classifier(
-        source, TEXTS, tmp_path / "badge", max_disagreement=0.05, exit_layers=[4], lexical_exit=True
+        source, TEXTS, tmp_path / "badge", max_disagreement=0.05, exit_layers=[4], lexical_exit=True, fill_up_to=0
     )
     assert report["exit_layers"] == [0, 4]
     assert report["exit_agreement"][0] > 0.9
@@ -125,10 +125,10 @@ def test_an_interrupted_conversion_goes_on_where_it_was(source, tmp_path, monkey
 
     texts = TEXTS[:240]
     whole = tmp_path / "whole"
-    convert_classifier(source, texts, whole, epochs=2, lexical_exit=True)
+    convert_classifier(source, texts, whole, epochs=2, lexical_exit=True, fill_up_to=200)
     monkeypatch.setattr(fine_tune, "make_trainer", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        convert_classifier(source, texts, tmp_path / "badge", epochs=2, lexical_exit=True)
+        convert_classifier(source, texts, tmp_path / "badge", epochs=2, lexical_exit=True, fill_up_to=200)
     assert not (tmp_path / "badge").exists()
 
     monkeypatch.setattr(fine_tune, "make_trainer", counted)
@@ -139,7 +139,7 @@ def test_an_interrupted_conversion_goes_on_where_it_was(source, tmp_path, monkey
     (last,) = trainer.glob("checkpoint-*")
     shutil.copytree(last, trainer / "checkpoint-99")
     (trainer / "checkpoint-99" / "trainer_state.json").write_text("{")
-    convert_classifier(source, texts, tmp_path / "badge", epochs=2, lexical_exit=True)
+    convert_classifier(source, texts, tmp_path / "badge", epochs=2, lexical_exit=True, fill_up_to=200)
     assert started[0] == int(last.name.split("-")[1]) > 0
     resumed, expected = weights(tmp_path / "badge"), weights(whole)
     assert all(torch.allclose(resumed[name], weight, atol=1e-6) for name, weight in expected.items())
@@ -161,7 +161,7 @@ def test_pairs_fields_and_an_empty_folder_are_taken(source, tmp_path):
     pairs = list(zip(TEXTS[:80], TEXTS[80:160], strict=True))
     report = convert_classifier(
         source, pairs, tmp_path / "badge", epochs=1, exit_layers=[2, 4], bypass_size=0,
-        pooling="mean", criterion="patience", max_tokens=8,
+        pooling="mean", criterion="patience", max_tokens=8, fill_up_to=100,
     )  # fmt: skip
     assert report["exit_layers"] == [2, 4]
     config = BadgeForSequenceClassification.from_pretrained(tmp_path / "badge").config
@@ -179,6 +179,8 @@ def test_pairs_fields_and_an_empty_folder_are_taken(source, tmp_path):
         ({"max_disagreement": 0}, "max_disagreement must be a share above 0"),
         ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
         ({"epochs": -1}, "epochs must be above 0"),
+        ({"fill_up_to": -1}, "fill_up_to must be a number of rows, or 0 to make none up, got -1"),
+        ({"fill_up_to": 900, "labels": [0] * len(TEXTS)}, "Rows that are made up have no labels: give none, or leave"),
         ({"criterion": "vibes"}, "criterion must be one of"),
         ({"exit_layers": [4]}, "leaves no exit to train"),
         ({"exit_layer": [2, 4]}, "does not know 'exit_layer'"),
@@ -219,7 +221,9 @@ def test_multi_label_models_are_converted(source, tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(source)
     model.config.problem_type = "multi_label_classification"
     model.save_pretrained(tmp_path / "source")
-    report = convert_classifier(tmp_path / "source", TEXTS, tmp_path / "badge", epochs=4, learning_rate=1e-2)
+    report = convert_classifier(
+        tmp_path / "source", TEXTS, tmp_path / "badge", epochs=4, learning_rate=1e-2, fill_up_to=0
+    )
     assert min(report["exit_agreement"]) > 0.8
     with pytest.raises(ValueError, match="Labels are of use for problem_type='single_label_classification' only"):
         convert_classifier(tmp_path / "source", TEXTS, tmp_path / "other", labels=[0] * len(TEXTS))

@@ -96,10 +96,10 @@ def test_a_conversion_uses_them_where_it_can(tmp_path, minilm, monkeypatch):
     AutoTokenizer.from_pretrained(minilm).save_pretrained(tmp_path / "source")
     texts, passes, keep = [f"text number {i}" for i in range(80)], [], kept_states.keep_states
     monkeypatch.setattr(kept_states, "keep_states", lambda *given: passes.append(1) or keep(*given))
-    report = convert_classifier(tmp_path / "source", texts, tmp_path / "kept", pooling="mean", epochs=1)
+    report = convert_classifier(tmp_path / "source", texts, tmp_path / "kept", pooling="mean", epochs=1, fill_up_to=100)
     assert passes == [1]
     assert report["exit_agreement"][-1] == 1.0
-    convert_classifier(tmp_path / "source", texts, tmp_path / "not", epochs=1)
+    convert_classifier(tmp_path / "source", texts, tmp_path / "not", epochs=1, fill_up_to=0)
     convert_classifier(tmp_path / "source", texts, tmp_path / "labelled", epochs=1, pooling="mean", labels=[0] * 80)
     assert passes == [1]
     loaded = BadgeForSequenceClassification.from_pretrained(tmp_path / "kept")

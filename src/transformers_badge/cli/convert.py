@@ -27,6 +27,13 @@ def convert(
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of bypasses and exits.")] = 1e-3,
     temperature: Annotated[float, typer.Option(help="Temperature of the answers that the exits learn.")] = 1.0,
     max_tokens: Annotated[int | None, typer.Option(help="Cut texts at this many tokens. Default: the model's.")] = None,
+    fill_up_to: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Rows to train on, filled up with made-up ones where texts are few. Default: 10000; 0 with labels.",
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 32,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
 ) -> None:
@@ -68,6 +75,7 @@ def convert(
         learning_rate=learning_rate,
         temperature=temperature,
         max_tokens=max_tokens,
+        fill_up_to=fill_up_to,
         batch_size=batch_size,
         seed=seed,
         exit_layers=depths,

@@ -15,6 +15,7 @@ import numpy as np
 CHOOSING, REPORTING = (0.2, 10_000), (0.1, 5_000)
 RULE_ROWS = 5_000  # of the texts that were trained on, so many at most teach the rule of the learned criterion
 TIMED_ROWS, TIMED_BATCH, TIMED_ROUNDS = 256, 32, 5
+FILL_UP_TO = 10_000  # rows: more of them, real or made up, changed little
 
 
 def convert_classifier(
@@ -30,6 +31,7 @@ def convert_classifier(
     temperature: float = 1.0,
     batch_size: int = 32,
     max_tokens: int | None = None,
+    fill_up_to: int | None = None,
     lexical_exit: bool = False,
     seed: int = 0,
     **fields: Any,
@@ -52,6 +54,9 @@ def convert_classifier(
         temperature: of the answers that the exits learn.
         batch_size: rows per step.
         max_tokens: longer texts are cut. Default: what encoder and tokenizer take.
+        fill_up_to: where fewer texts than this are trained on, so many rows are reached with others, put together of
+            pieces of theirs (`pieces.fill_up`), which the classifier answers as well. Default: 10,000, and none with
+            labels, which such rows have not.
         lexical_exit: whether there is an exit before the first block, which reads the words alone. It pays where
             accuracy counts; it does not where next to every answer has to stay what it was (docs/exit-zero.md).
         seed: of everything random.
@@ -72,21 +77,23 @@ def convert_classifier(
     from transformers_badge.calibration.calibrate import calibrate
     from transformers_badge.inference.exit_logits import make_exit_table
     from transformers_badge.inference.predict import token_limit
-    from transformers_badge.model.criteria_badge import exit_probabilities
     from transformers_badge.model.loss_badge import infer_problem_type
     from transformers_badge.model.modeling_badge import BadgeForSequenceClassification
     from transformers_badge.model.sources_badge import LOADING_ARGUMENTS
-    from transformers_badge.training.fine_tune import make_trainer, tokenize
+    from transformers_badge.training.fine_tune import make_trainer, special_ids, tokenize
     from transformers_badge.training.kept_states import can_keep, kept_in_place
-    from transformers_badge.training.lexical import fit_lexical_exit
+    from transformers_badge.training.lexical import fit_lexical_exit, text_folds
+    from transformers_badge.training.pieces import fill_up
     from transformers_badge.training.recipes import CONVERSION, applied
 
     output = Path(output_dir)
+    if fill_up_to is None:
+        fill_up_to = FILL_UP_TO if labels is None else 0
     columns = _columns(texts)
     settings: dict[str, Any] = {
         "max_disagreement": max_disagreement, "criterion": criterion, "epochs": epochs, "learning_rate": learning_rate,
         "temperature": temperature, "batch_size": batch_size, "max_tokens": max_tokens,
-        "lexical_exit": lexical_exit, "seed": seed,
+        "fill_up_to": fill_up_to, "lexical_exit": lexical_exit, "seed": seed,
     }  # fmt: skip
     _check_settings(settings, len(texts), labels)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -113,12 +120,14 @@ def convert_classifier(
         return make_exit_table(model, tokenizer, pick(part), lexical_logits=lexical_logits, max_tokens=limit)
 
     taught_rows, lexical_logits = rows.select(taught), None
+    # Pieces of texts that exit 0 is not fitted to in a fold must not come in by another text of the fold.
+    folds = text_folds(taught_rows["input_ids"], seed)
+    taught_rows, folds = fill_up(taught_rows, folds, special_ids(tokenizer), fill_up_to, seed)
     if model.config.lexical_exit:
-        answers = exit_probabilities(table_of(taught).exit_logits[:, -1:], problem_type)[:, :, 0]
-        answers = answers[:, 0] if problem_type == "single_label_classification" else answers[..., 1]
+        answers = _answers(model, taught_rows, problem_type)
         if labels is not None:  # half and half, as for the other exits
             answers = (answers + np.eye(model.num_labels)[np.asarray(labels)[taught]]) / 2
-        taught_rows = fit_lexical_exit(model, tokenizer, taught_rows, answers, seed=seed)
+        taught_rows = fit_lexical_exit(model, tokenizer, taught_rows, answers, folds=folds, seed=seed)
         lexical_logits = np.array(taught_rows["lexical_logits"])
     with applied(CONVERSION, model):
 
@@ -144,7 +153,12 @@ def convert_classifier(
     model.config.exit_policy = calibrate(table_of(chosen), criterion, max_risk=max_disagreement, learn_from=learn_from)
     report = {
         "source": Path(source).name,
-        "rows": {"taught": len(taught), "chosen": len(chosen), "reported": len(reported)},
+        "rows": {
+            "taught": len(taught),
+            "made_up": len(taught_rows) - len(taught),
+            "chosen": len(chosen),
+            "reported": len(reported),
+        },
         **_replayed(table_of(reported), model),
         "wall_clock_speedup": _timed(source, loading, model, tokenizer, rows.select(reported[:TIMED_ROWS])),
         "max_disagreement": max_disagreement,
@@ -176,6 +190,11 @@ def _check_settings(settings: dict[str, Any], count: int, labels: Sequence[int] 
         raise ValueError(f"There are {len(labels)} labels for {count} texts: give one for each.")
     check_above_zero(**{name: settings[name] for name in ("batch_size", "epochs", "learning_rate", "temperature")})
     check_share(max_disagreement=settings["max_disagreement"])
+    fill_up_to = settings["fill_up_to"]
+    if isinstance(fill_up_to, bool) or not isinstance(fill_up_to, int) or fill_up_to < 0:
+        raise ValueError(f"fill_up_to must be a number of rows, or 0 to make none up, got {fill_up_to!r}.")
+    if labels is not None and fill_up_to:
+        raise ValueError(f"Rows that are made up have no labels: give none, or leave out fill_up_to={fill_up_to}.")
     taught = count - sum(_kept_rows(count))
     if taught < batch_size:
         raise ValueError(
@@ -206,6 +225,20 @@ def texts_needed(max_disagreement: float) -> float:
 
     rows = rows_needed(lambda rows: binomial_p_value(0, rows, max_disagreement), 0.05)
     return float("inf") if rows is None else rows / CHOOSING[0]
+
+
+def _answers(model: Any, rows: Any, problem_type: str) -> Any:
+    """What the source says of tokenized rows: a probability for each label, (rows, labels)."""
+    import torch
+    from tqdm.auto import tqdm
+
+    from transformers_badge.model.criteria_badge import exit_probabilities
+    from transformers_badge.model.policy_badge import ExitPolicy
+
+    at_full_depth = model.early_exit_stream(rows, batch_size=64, policy=ExitPolicy())
+    logits = [row.logits for row in tqdm(at_full_depth, "answers of the source", len(rows), unit="row")]
+    probabilities = exit_probabilities(torch.stack(logits)[:, None].float().numpy(), problem_type)[:, :, 0]
+    return probabilities[:, 0] if problem_type == "single_label_classification" else probabilities[..., 1]
 
 
 def _digest(columns: list[list[str]], labels: Sequence[int] | None) -> str:

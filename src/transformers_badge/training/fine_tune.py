@@ -55,6 +55,11 @@ def tokenize(tokenizer: Any, columns: Sequence[Sequence[str]], labels: Sequence[
     return datasets.Dataset.from_dict({**encoded, **({} if labels is None else {"labels": list(labels)})})
 
 
+def special_ids(tokenizer: Any) -> list[int]:
+    """Ids of the special tokens, ascending; without that of the unknown token, which stands for a word."""
+    return sorted({token for token in tokenizer.all_special_ids if token != tokenizer.unk_token_id})
+
+
 def parameter_groups(
     model: Any, learning_rate: float = 5e-5, new_learning_rate: float = 1e-3, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:

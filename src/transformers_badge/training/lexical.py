@@ -10,6 +10,7 @@ from scipy import sparse
 from transformers_badge.model.loss_badge import infer_problem_type
 from transformers_badge.model.ngrams_badge import ngram_buckets
 from transformers_badge.model.rows_badge import pad_rows
+from transformers_badge.training.fine_tune import special_ids
 from transformers_badge.training.lexical_solver import Problem, Solution, answer_loss, shorter, solve
 
 
@@ -30,6 +31,7 @@ def fit_lexical_exit(
     rows: Any,
     targets: Any | None = None,
     *,
+    folds: Any | None = None,
     seed: int = 0,
     show_progress: bool = True,
 ) -> Any:
@@ -44,6 +46,8 @@ def fit_lexical_exit(
         rows: a `datasets.Dataset` with `input_ids`, not padded.
         targets: (rows,) class indices or values, or (rows, labels) probabilities or values. Default: the `labels` of
             the rows.
+        folds: (rows,), whole numbers from 0 to 4; the rows of a fold are held out together. Default: at random, but
+            equal rows together, as `text_folds` has it.
         seed: of the folds.
 
     Returns:
@@ -71,13 +75,16 @@ def fit_lexical_exit(
     center, spread = np.zeros(goals.shape[1]), np.ones(goals.shape[1])
     if kind == "regression":  # penalties are for values of the size of logits
         center, spread = goals.mean(axis=0), np.maximum(goals.std(axis=0), 1e-12)
-    special = {token for token in tokenizer.all_special_ids if token != tokenizer.unk_token_id}
-    model.config.lexical_ignored_ids = sorted(special)
+    model.config.lexical_ignored_ids = special_ids(tokenizer)
 
     order = np.random.default_rng(seed).permutation(len(rows))
     fitted_to, others = np.sort(order[:MOST_ROWS]), np.sort(order[MOST_ROWS:])
     input_ids = rows["input_ids"] if others.size == 0 else rows.select(fitted_to)["input_ids"]
-    folds = _folds(input_ids, seed)
+    folds = text_folds(input_ids, seed) if folds is None else np.asarray(folds)[fitted_to]
+    if not np.array_equal(np.unique(folds), np.arange(FOLDS)):
+        raise ValueError(
+            f"The lexical exit needs at least {FOLDS} different rows to be fitted, got {len(np.unique(folds))}."
+        )
     with tqdm(total=len(fitted_to), desc="n-grams", unit="row", disable=not show_progress) as bar:
         counted = count_ngrams(input_ids, model.config, bar.update)
     mixing, embeddings = _embeddings(model, counted)
@@ -126,18 +133,10 @@ def fit_lexical_exit(
     return rows.add_column("lexical_logits", list(logits.astype(np.float32)))
 
 
-def _folds(input_ids: Any, seed: int) -> Array:
-    """A fold for every row, (rows,); rows of the same text share one, or none of them would be held out.
-
-    Raises:
-        ValueError: there are fewer texts than folds.
-    """
+def text_folds(input_ids: Any, seed: int) -> Array:
+    """A fold for every row, (rows,); rows of the same text share one, or none of them would be held out."""
     texts: dict[tuple[int, ...], int] = {}
     text = np.array([texts.setdefault(tuple(row), len(texts)) for row in input_ids])
-    if len(texts) < FOLDS:
-        raise ValueError(
-            f"There are {len(texts)} different rows: the lexical exit needs at least {FOLDS} to be fitted."
-        )
     return np.asarray((np.random.default_rng(seed).permutation(len(texts)) % FOLDS)[text])
 
 
