@@ -5,6 +5,7 @@ table of rows that it has not seen; what is there already is not made again, so 
 replays from the tables.
 
 Example: python benchmarks/criteria.py --output-dir bench-output
+         python benchmarks/criteria.py --recipe converted (the joint models stay as docs/records has them)
 """
 
 import argparse
@@ -46,6 +47,7 @@ RATINGS = "ratings"  # the movie reviews in five classes
 EPOCHS = {"movies": 2, "products": 3, "tweets": 3, RATINGS: 1}
 TASKS = [*itertools.product(("movies", "products", "tweets"), RECIPES), (RATINGS, "joint")]
 MAX_TOKENS, BATCH_SIZE, LEARNING_RATE = 128, 16, 1e-4
+RECORD = Path(__file__).parents[1] / "docs" / "records" / "criteria.json"
 # Shares of a data set, anew for every seed: joint models learn from the first two; the source of a converted one from
 # the first, its exits from the second, without labels. The rest is for calibration and test.
 SHARES = {"source": 0.4, "texts": 0.2}
@@ -179,20 +181,21 @@ def main() -> None:
     """Train what is missing, then compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=Path("bench-output"))
-    parser.add_argument("--recipe", choices=RECIPES, action="append", help="Train only these, and do not compare.")
+    parser.add_argument("--recipe", choices=RECIPES, help="Only these; the others stay as docs/records has them.")
     arguments = parser.parse_args()
     (arguments.output_dir / "criteria").mkdir(parents=True, exist_ok=True)
     logging.set_verbosity_error()
-    trained = [task for task in TASKS if task[1] in (arguments.recipe or RECIPES)]
-    for seed, (data, recipe) in tqdm(list(itertools.product(SEEDS, trained)), unit="model"):
+    tasks = [task for task in TASKS if arguments.recipe in (None, task[1])]
+    for seed, (data, recipe) in tqdm(list(itertools.product(SEEDS, tasks)), unit="model"):
         path = table_path(arguments.output_dir, data, recipe, seed)
         if not path.exists():
             train(data, recipe, seed).save(path)
-    if arguments.recipe:
-        return
     record: dict[str, Any] = {"losses": LOSSES, "splits": SPLITS, "machine": describe_machine()}
     models: dict[str, list[Any]] = {"models": [], "several_classes": []}
-    for (data, recipe), seed in tqdm(list(itertools.product(TASKS, SEEDS)), desc="comparing", unit="model"):
+    if arguments.recipe is not None:
+        before = json.loads(RECORD.read_text())
+        models = {name: [model for model in before[name] if model["recipe"] != arguments.recipe] for name in models}
+    for (data, recipe), seed in tqdm(list(itertools.product(tasks, SEEDS)), desc="comparing", unit="model"):
         table = ExitTable.load(table_path(arguments.output_dir, data, recipe, seed))
         record["speedup_axis"] = speedup_axis(table).tolist()
         models["several_classes" if data == RATINGS else "models"].append(
@@ -205,6 +208,8 @@ def main() -> None:
                 "criteria": compare(table),
             }
         )
+    for entries in models.values():
+        entries.sort(key=lambda model: TASKS.index((model["data"], model["recipe"])))
     record |= models
     (arguments.output_dir / "criteria.json").write_text(json.dumps(record) + "\n")
 

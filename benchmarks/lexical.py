@@ -6,6 +6,7 @@ plain classifier for the rows of which it is not sure. Every model is trained on
 it has not seen; what is there already is not made again, so it can be interrupted.
 
 Example: python benchmarks/lexical.py --output-dir bench-output
+         python benchmarks/lexical.py --recipe converted (the joint models stay as docs/records has them)
          python benchmarks/lexical.py --output-dir bench-output --time demo-output/checkpoint
 """
 
@@ -38,6 +39,7 @@ KINDS = {"joint": ("with", "without", "plain"), "converted": ("with", "without")
 LOSSES = (0.0, 0.005, 0.01, 0.02)
 AXIS = np.linspace(1.0, 30.0, 600)  # layer speedups
 SPEEDUPS = (1.2, 1.4, 1.6, 1.8, 2.0, 2.5, 3.0)  # at which the criteria are compared
+RECORD = Path(__file__).parents[1] / "docs" / "records" / "lexical.json"
 TIMED_ROWS, ROUNDS = {1: 200, 32: 1024}, 7
 
 
@@ -239,6 +241,7 @@ def main() -> None:
     """Train what is missing, then compare; or time a checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=Path("bench-output"))
+    parser.add_argument("--recipe", choices=KINDS, help="Only these; the others stay as docs/records has them.")
     parser.add_argument("--time", type=Path, help="Only time this checkpoint of `transformers-badge demo`.")
     arguments = parser.parse_args()
     (arguments.output_dir / "lexical").mkdir(parents=True, exist_ok=True)
@@ -247,15 +250,20 @@ def main() -> None:
         record = {"machine": describe_machine(), **time_it(arguments.time)}
         (arguments.output_dir / "lexical_time.json").write_text(json.dumps(record, indent=2) + "\n")
         return
-    kinds = [(seed, task, kind) for seed in SEEDS for task in TASKS for kind in KINDS[task[1]]]
+    tasks = [task for task in TASKS if arguments.recipe in (None, task[1])]
+    kinds = [(seed, task, kind) for seed in SEEDS for task in tasks for kind in KINDS[task[1]]]
     for seed, (data, recipe), kind in tqdm(kinds, unit="model"):
         path = table_path(arguments.output_dir, data, recipe, seed, kind)
         if not path.exists():
             make_table(data, recipe, seed, kind).save(path)
     models = [
         compare(arguments.output_dir, data, recipe, seed)
-        for (data, recipe), seed in tqdm(list(itertools.product(TASKS, SEEDS)), desc="comparing", unit="model")
+        for (data, recipe), seed in tqdm(list(itertools.product(tasks, SEEDS)), desc="comparing", unit="model")
     ]
+    if arguments.recipe is not None:
+        before = json.loads(RECORD.read_text())["models"]
+        models += [model for model in before if model["recipe"] != arguments.recipe]
+        models.sort(key=lambda model: TASKS.index((model["data"], model["recipe"])))
     record = {"losses": LOSSES, "speedups": SPEEDUPS, "splits": SPLITS, "machine": describe_machine(), "models": models}
     (arguments.output_dir / "lexical.json").write_text(json.dumps(record) + "\n")
 

@@ -208,3 +208,13 @@ def test_the_pretrained_head_of_a_converted_classifier_learns_at_the_encoders_ra
     assert any(parameter is model.exits[-1].classifier.weight for parameter in pretrained["params"])
     assert any(parameter is model.exits[0].classifier.weight for parameter in fresh["params"])
     assert (pretrained["lr"], fresh["lr"]) == (1e-5, 1e-3)
+
+
+def test_the_gates_of_exit_0_learn_fastest():
+    from tiny import tiny_model
+
+    model = tiny_model("bert", lexical_exit=True)
+    *_, fresh, gates = parameter_groups(model, 1e-5, 1e-3)
+    assert {id(gate) for gate in gates["params"]} == {id(exit_.lexical_gate.weight) for exit_ in model.exits[1:]}
+    assert (fresh["lr"], gates["lr"]) == (1e-3, 1e-2)
+    assert any(parameter is model.exits[1].classifier.weight for parameter in fresh["params"])

@@ -63,11 +63,11 @@ def special_ids(tokenizer: Any) -> list[int]:
 def parameter_groups(
     model: Any, learning_rate: float = 5e-5, new_learning_rate: float = 1e-3, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
-    """Parameters of a model in two groups: what is pretrained (the encoder, and the head of a converted classifier),
-    and the fresh bypasses and exits, which learn faster.
+    """Parameters of a model in groups: what is pretrained (the encoder, and the head of a converted classifier); the
+    fresh bypasses and exits, which learn faster; and the gates of exit 0, ten times as fast as these.
 
     Fresh parts at the encoder's rate are the commonest way to poor early exits: they never get far from where they
-    started.
+    started. A gate is one number, and starts at 1: where exit 0 has nothing to add, all of that way is to be gone.
 
     Returns:
         Groups as torch optimizers take them.
@@ -79,11 +79,14 @@ def parameter_groups(
     prefixes = _pretrained_prefixes(model)
     pretrained: list[Any] = []
     fresh: list[Any] = []
+    gates: list[Any] = []
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (pretrained if name.startswith(prefixes) else fresh).append(parameter)
-    groups = [{"params": pretrained, "lr": learning_rate}, {"params": fresh, "lr": new_learning_rate}]
-    return [{**group, "weight_decay": weight_decay} for group in groups if group["params"]]
+        if parameter.requires_grad and name.startswith(prefixes):
+            pretrained.append(parameter)
+        elif parameter.requires_grad:
+            (gates if "lexical_gate" in name else fresh).append(parameter)
+    groups = [(pretrained, learning_rate), (fresh, new_learning_rate), (gates, 10 * new_learning_rate)]
+    return [{"params": params, "lr": rate, "weight_decay": weight_decay} for params, rate in groups if params]
 
 
 def fresh_modules(model: Any) -> list[str]:
