@@ -58,7 +58,7 @@ def convert_classifier(
             pieces of theirs (`pieces.fill_up`), which the classifier answers as well. Default: 10,000, and none with
             labels, which such rows have not.
         lexical_exit: whether there is an exit before the first block, which reads the words alone. It pays where
-            accuracy counts; it does not where next to every answer has to stay what it was (docs/exit-zero.md).
+            accuracy counts, and little where next to every answer has to stay what it was (docs/exit-zero.md).
         seed: of everything random.
         **fields: of `BadgeConfig`, such as `exit_layers`, `bypass_size`, `pooling`; or of loading, as in
             `from_classifier`.
