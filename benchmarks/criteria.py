@@ -177,6 +177,13 @@ def compare(table: ExitTable) -> dict[str, Any]:
     return compared
 
 
+def with_others(models: list[Any], before: list[Any], tasks: list[tuple[str, str]]) -> list[Any]:
+    """Entries of an earlier record with those of the same tasks renewed, in the order of the tasks."""
+    renewed = {(model["data"], model["recipe"]) for model in models}
+    kept = [model for model in before if (model["data"], model["recipe"]) not in renewed]
+    return sorted(kept + models, key=lambda model: tasks.index((model["data"], model["recipe"])))
+
+
 def main() -> None:
     """Train what is missing, then compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -194,9 +201,6 @@ def main() -> None:
             train(data, recipe, seed, **fields).save(path)
     record: dict[str, Any] = {"losses": LOSSES, "splits": SPLITS, "machine": describe_machine()}
     models: dict[str, list[Any]] = {"models": [], "several_classes": []}
-    if arguments.recipe is not None:
-        before = json.loads(RECORD.read_text())
-        models = {name: [model for model in before[name] if model["recipe"] != arguments.recipe] for name in models}
     for (data, recipe), seed in tqdm(list(itertools.product(tasks, SEEDS)), desc="comparing", unit="model"):
         table = ExitTable.load(table_path(arguments.output_dir, data, recipe, seed))
         record["speedup_axis"] = speedup_axis(table).tolist()
@@ -210,8 +214,9 @@ def main() -> None:
                 "criteria": compare(table),
             }
         )
-    for entries in models.values():
-        entries.sort(key=lambda model: TASKS.index((model["data"], model["recipe"])))
+    if arguments.recipe is not None:
+        before = json.loads(RECORD.read_text())
+        models = {name: with_others(entries, before[name], TASKS) for name, entries in models.items()}
     record |= models
     (arguments.output_dir / "criteria.json").write_text(json.dumps(record) + "\n")
 

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, BertForSequenceClassification
 from transformers.utils import logging
 
-from criteria import EPOCHS, MAX_TOKENS, SEEDS, SPLITS, parts_of, train
+from criteria import EPOCHS, MAX_TOKENS, SEEDS, SPLITS, parts_of, train, with_others
 from plain_classifier import fine_tune_plainly
 from transformers_badge import BadgeForSequenceClassification, ExitPolicy, ExitTable, make_exit_table
 from transformers_badge.calibration.fitting import Goal, fit_rule
@@ -261,9 +261,7 @@ def main() -> None:
         for (data, recipe), seed in tqdm(list(itertools.product(tasks, SEEDS)), desc="comparing", unit="model")
     ]
     if arguments.recipe is not None:
-        before = json.loads(RECORD.read_text())["models"]
-        models += [model for model in before if model["recipe"] != arguments.recipe]
-        models.sort(key=lambda model: TASKS.index((model["data"], model["recipe"])))
+        models = with_others(models, json.loads(RECORD.read_text())["models"], TASKS)
     record = {"losses": LOSSES, "speedups": SPEEDUPS, "splits": SPLITS, "machine": describe_machine(), "models": models}
     (arguments.output_dir / "lexical.json").write_text(json.dumps(record) + "\n")
 
