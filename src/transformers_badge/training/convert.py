@@ -119,10 +119,11 @@ def convert_classifier(
     def table_of(part: Any, lexical_logits: Any = None) -> Any:
         return make_exit_table(model, tokenizer, pick(part), lexical_logits=lexical_logits, max_tokens=limit)
 
-    taught_rows, lexical_logits = rows.select(taught), None
-    # Pieces of texts that exit 0 is not fitted to in a fold must not come in by another text of the fold.
-    folds = text_folds(taught_rows["input_ids"], seed)
-    taught_rows, folds = fill_up(taught_rows, folds, special_ids(tokenizer), fill_up_to, seed)
+    taught_rows, folds, lexical_logits = rows.select(taught), None, None
+    if len(taught) < fill_up_to:
+        # Pieces of texts that exit 0 is not fitted to in a fold must not come in by another text of the fold.
+        folds = text_folds(taught_rows["input_ids"], seed)
+        taught_rows, folds = fill_up(taught_rows, folds, special_ids(tokenizer), fill_up_to, seed)
     if model.config.lexical_exit:
         answers = _answers(model, taught_rows, problem_type)
         if labels is not None:  # half and half, as for the other exits
