@@ -34,7 +34,7 @@ from transformers_badge.demo.sources import encoder_path, read_reviews
 from transformers_badge.evaluation.timing import describe_machine
 from transformers_badge.model.encoders_badge import BertAdapter
 from transformers_badge.training.fine_tune import make_trainer, tokenize
-from transformers_badge.training.recipes import CONVERSION, applied
+from transformers_badge.training.recipes import TEACHING, applied
 
 
 SEEDS = (0, 1, 2)
@@ -156,14 +156,14 @@ def frozen(data: str, seed: int, variant: dict[str, Any]) -> dict[str, Any]:
     model = BadgeForSequenceClassification.from_classifier(folder, **variant)
     model.adapter = stored
     texts = ROWS[data]["texts"]
-    with tempfile.TemporaryDirectory() as scratch, applied(CONVERSION, model):
+    with tempfile.TemporaryDirectory() as scratch, applied(TEACHING, model):
         trainer = make_trainer(
             model,
             None,
             range(texts),
             None,
             Path(scratch),
-            stage=CONVERSION,
+            stage=TEACHING,
             collator=stored.collate,
             seed=seed,
         )

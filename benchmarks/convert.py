@@ -27,7 +27,7 @@ from transformers_badge.inference.predict import predict_texts
 from transformers_badge.training.convert import convert_classifier
 from transformers_badge.training.fine_tune import make_trainer, tokenize
 from transformers_badge.training.kept_states import kept_in_place
-from transformers_badge.training.recipes import CONVERSION, applied
+from transformers_badge.training.recipes import TEACHING, applied
 
 
 SOURCE_ROWS, TEXTS, TEST_ROWS = 4800, 4000, 1768
@@ -72,11 +72,11 @@ def time_of_keeping_states(source: Path, texts: list[str]) -> dict[str, float]:
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = BadgeForSequenceClassification.from_classifier(source, **SETTINGS["bare"])
     rows = tokenize(tokenizer, [texts], None, MAX_TOKENS)
-    with tempfile.TemporaryDirectory() as folder, applied(CONVERSION, model):
+    with tempfile.TemporaryDirectory() as folder, applied(TEACHING, model):
 
         def trainer_of(rows: Any, **more: Any) -> Any:
             scratch = Path(folder) / "trainer"
-            return make_trainer(model, tokenizer, rows, None, scratch, stage=CONVERSION, epochs=EPOCHS, **more)
+            return make_trainer(model, tokenizer, rows, None, scratch, stage=TEACHING, epochs=EPOCHS, **more)
 
         through_the_encoder = trainer_of(rows)
         start = time.perf_counter()

@@ -68,7 +68,8 @@ def trained(encoder, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained") / "model"
     done = subprocess.run(
         [sys.executable, "-m", "transformers_badge", "train", encoder, str(data), "--output-dir", str(folder),
-         "--epochs", "12", "--learning-rate", "3e-3", "--max-accuracy-drop", "0.3", "--exit-layers", "1,3"],
+         "--epochs", "12", "--learning-rate", "3e-3", "--max-accuracy-drop", "0.3", "--exit-layers", "1,3",
+         "--fill-up-to", "200"],
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
@@ -109,7 +110,7 @@ def test_what_was_trained_is_not_lost_if_no_threshold_can_be_chosen(encoder, dat
         raise ValueError("Row 7 has a logit that is not finite")
 
     monkeypatch.setattr("transformers_badge.calibration.calibrate.calibrate", broken)
-    out, options = tmp_path / "out", ["--epochs", "1", "--exit-layers", "1,3", "--max-accuracy-drop", "0.3"]
+    out, options = tmp_path / "out", ["--epochs", "1", "--fill-up-to", "0", "--max-accuracy-drop", "0.3"]
     assert "Row 7 has a logit" in failing(capsys, "train", encoder, data, "--output-dir", out, *options)
     model = BadgeForSequenceClassification.from_pretrained(out)
     assert model.exits[0].weight.any()
@@ -137,6 +138,7 @@ def test_pairs_and_numbers_can_be_trained_too(encoder, tmp_path, capsys):
     rows = [{"a": f"text {i}", "b": "other", "score": i / 20} for i in range(20)]
     file.write_text("\n".join(map(json.dumps, rows)))
     options = ["--text-column", "a", "--text-column", "b", "--label-column", "score", "--epochs", "1"]
+    options += ["--fill-up-to", "50"]
     code, printed, err = run(capsys, "train", encoder, file, "--output-dir", tmp_path / "out", *options)
     assert code == 0, err
     assert "mse_exit_1" in printed
@@ -154,7 +156,9 @@ def test_star_ratings_mean_in_evaluation_what_they_meant_in_training(encoder, tm
     words = {1: "awful", 3: "middling", 5: "superb"}
     rows = [f"a {word} film number {i},{stars}" for i in range(20) for stars, word in words.items()]
     file.write_text("text,label\n" + "\n".join(rows) + "\n")
-    code, _, err = run(capsys, "train", encoder, file, "--output-dir", tmp_path / "out", "--epochs", "1")
+    code, _, err = run(
+        capsys, "train", encoder, file, "--output-dir", tmp_path / "out", "--epochs", "1", "--fill-up-to", 0
+    )
     assert code == 0, err
     code, _, err = run(capsys, "evaluate", tmp_path / "out", file, "--output-dir", tmp_path / "seen", "--no-timing")
     assert code == 0, err
@@ -234,10 +238,11 @@ def test_bad_conversions_are_named_and_nothing_is_written(encoder, classifier, d
 
 
 @pytest.mark.parametrize(
-    "recipe", ["joint", "two_stage", "mixed", "alternating", "self_distilled", "rescaled", "separated"]
+    "recipe", ["taught", "joint", "two_stage", "mixed", "alternating", "self_distilled", "rescaled", "separated"]
 )
 def test_every_recipe_learns(encoder, data, tmp_path, capsys, recipe):
     options = ["--epochs", "12", "--learning-rate", "3e-3", "--exit-layers", "1,3", "--batch-size", "16"]
+    options += ["--fill-up-to", "200"]
     code, printed, err = run(
         capsys, "train", encoder, data, "--output-dir", tmp_path / "out", "--recipe", recipe, *options
     )

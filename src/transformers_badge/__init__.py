@@ -26,6 +26,7 @@ if find_spec("torch") is not None:  # a predictor runs where there is none
     from .training.fine_tune import fresh_modules, parameter_groups
     from .training.lexical import fit_lexical_exit
     from .training.metrics import compute_exit_metrics
+    from .training.teaching import teach_exits
 
     __all__ += [
         "BadgeConfig",
@@ -38,6 +39,7 @@ if find_spec("torch") is not None:  # a predictor runs where there is none
         "fresh_modules",
         "make_exit_table",
         "parameter_groups",
+        "teach_exits",
     ]
 
     # Registering makes the Auto classes know the model where this package is installed; register_for_auto_class makes

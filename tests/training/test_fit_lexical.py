@@ -249,6 +249,25 @@ def test_copies_of_a_row_do_not_tell_on_each_other():
     assert (logits.argmax(axis=1) == targets).mean() < 0.65
 
 
+@pytest.mark.parametrize("kind", ["single_label_classification", "regression"])
+def test_rows_without_targets_are_answered_by_what_was_fitted_to_other_folds(kind):
+    rows = make_rows().remove_columns("labels")
+    targets = np.array(make_rows()["labels"])
+    targets = targets if kind == "single_label_classification" else 3 + targets[:, None] * [1.0, -2.0]
+    folds = lexical.text_folds(rows["input_ids"], 0)
+    alone, model = make_model(problem_type=kind), make_model(problem_type=kind)
+    expected = np.array(fit_lexical_exit(alone, TOKENIZER, rows, targets, show_progress=False)["lexical_logits"])
+    # Copies of the rows, in their folds and then in others.
+    more = datasets.concatenate_datasets([rows, rows, rows])
+    folds = np.concatenate([folds, folds, (folds + 1) % lexical.FOLDS])
+    fitted = fit_lexical_exit(model, TOKENIZER, more, targets, folds=folds, show_progress=False)
+    _, same_fold, other_fold = logits = np.array(fitted["lexical_logits"]).reshape(3, 400, 2)
+    assert np.array_equal(logits[0], expected)
+    assert np.allclose(same_fold, expected, atol=1e-4)
+    assert np.abs(other_fold - expected).max() > 0.1
+    assert torch.equal(model.exits[0].weight, alone.exits[0].weight)
+
+
 def test_it_is_the_same_every_time():
     first, second = make_model(), make_model()
     logits = [

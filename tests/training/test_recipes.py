@@ -10,8 +10,8 @@ from tiny import pad, random_rows, tiny_model
 from transformers_badge.model.loss_badge import exit_losses
 from transformers_badge.training.fine_tune import parameter_groups
 from transformers_badge.training.recipes import (
-    CONVERSION,
     RECIPES,
+    TEACHING,
     ExitTrainer,
     Stage,
     applied,
@@ -151,7 +151,7 @@ def test_separated_gives_a_block_the_gradient_of_the_next_exit_alone(exit_layers
 
 def test_a_conversion_needs_no_labels_and_trains_the_inner_exits_alone(bert):
     unlabelled = {name: value for name, value in BATCH.items() if name != "labels"}
-    found = gradients(bert, CONVERSION, batch=unlabelled)
+    found = gradients(bert, TEACHING, batch=unlabelled)
     assert found.keys() == {n for n, _ in bert.named_parameters() if not n.startswith(("encoder.", "exits.3."))}
     with pytest.raises(ValueError, match="The rows have no labels"):
         gradients(bert, Stage(), batch=unlabelled)
@@ -183,7 +183,7 @@ def test_distillation_by_hand():
 def test_a_stage_leaves_the_model_as_it_was(bert):
     bert.exits[0].classifier.bias.requires_grad_(False)
     before = {name: parameter.requires_grad for name, parameter in bert.named_parameters()}
-    with applied(CONVERSION, bert):
+    with applied(TEACHING, bert):
         assert bert.config.exit_gradient == 0
         assert not any(parameter.requires_grad for parameter in bert.encoder.parameters())
     assert bert.config.exit_gradient == 1.0
@@ -191,7 +191,7 @@ def test_a_stage_leaves_the_model_as_it_was(bert):
 
 
 def test_bad_recipes_and_weights_are_named(bert):
-    with pytest.raises(ValueError, match="no recipe 'magic'; there are joint, two_stage, mixed, alternating"):
+    with pytest.raises(ValueError, match="no recipe 'magic'; there are taught, joint, two_stage, mixed, alternating"):
         get_recipe("magic")
     bert.config.exit_loss_weights = [0, 0, 0, 1]
     with pytest.raises(ValueError, match="gives no weight to the exits that learn"):

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from transformers_badge.training.fine_tune import FILL_UP_TO
+
 
 def train(
     encoder: Annotated[str, typer.Argument(help="Pretrained encoder: a folder or a hub name.")],
@@ -20,15 +22,19 @@ def train(
     recipe: Annotated[
         str,
         typer.Option(
-            help="How to train the exits: joint, two_stage, mixed, alternating, self_distilled, rescaled, separated."
+            help="How to train the exits: taught, joint, two_stage, mixed, alternating, self_distilled, rescaled, "
+            "separated."
         ),
-    ] = "joint",
+    ] = "taught",
     exit_layers: Annotated[str | None, typer.Option(help="Depths with an exit, such as 2,4,6. Default: all.")] = None,
     lexical_exit: Annotated[
         bool, typer.Option(help="An exit before the first block, which reads the words alone.")
     ] = True,
     bypass_size: Annotated[int | None, typer.Option(help="Width of the bypasses; 0: none. Default: hidden/3.")] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the training rows.")] = 3,
+    fill_up_to: Annotated[
+        int, typer.Option(min=0, help="Recipe taught: so many rows are reached with made-up texts; 0: none.")
+    ] = FILL_UP_TO,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of the encoder.")] = 5e-5,
     new_learning_rate: Annotated[float, typer.Option(help="The same, of bypasses and exits.")] = 1e-3,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 32,
@@ -98,6 +104,7 @@ def train(
         output_dir,
         recipe=recipe,
         epochs=epochs,
+        fill_up_to=fill_up_to,
         learning_rate=learning_rate,
         new_learning_rate=new_learning_rate,
         batch_size=batch_size,
@@ -111,8 +118,9 @@ def train(
     save_checkpoint(output_dir, model, tokenizer, rows.columns)
     typer.echo(f"Saved {output_dir}; predict with: transformers-badge predict {output_dir} FILE --output OUT.jsonl")
     if max_accuracy_drop is not None:
-        learned = [column[:RULE_ROWS] for column in rows.columns], rows.labels[:RULE_ROWS]
-        lexical_logits = trainer.train_dataset[:RULE_ROWS]["lexical_logits"] if lexical_exit else None
+        labels = rows.labels[:RULE_ROWS]
+        learned = [column[:RULE_ROWS] for column in rows.columns], labels
+        lexical_logits = trainer.train_dataset[: len(labels)]["lexical_logits"] if lexical_exit else None
         policy = calibrate(
             make_exit_table(model, tokenizer, held_out.columns, held_out.labels),
             risk="error_increase",

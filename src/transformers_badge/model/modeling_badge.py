@@ -200,10 +200,12 @@ class BadgeForSequenceClassification(BadgePreTrainedModel):
         return cls(config, encoder, head).to(encoder.dtype).eval()  # type: ignore[no-any-return]
 
     def _frozen_modules(self) -> list[nn.Module]:
-        """What a frozen model keeps as it was: the encoder, and the source's head if that is the last exit."""
+        """What a frozen model keeps as it was: the encoder, and a last exit that is the source's head or untrained."""
         if not self.config.frozen:
             return []
-        return [self.encoder, *([self.exits[-1]] if self.config.source_head else [])]
+        last = self.exits[-1]
+        untrained = not any(parameter.requires_grad for parameter in last.parameters())
+        return [self.encoder, *([last] if self.config.source_head or untrained else [])]
 
     def _freeze(self) -> None:
         for module in self._frozen_modules():

@@ -15,7 +15,6 @@ import numpy as np
 CHOOSING, REPORTING = (0.2, 10_000), (0.1, 5_000)
 RULE_ROWS = 5_000  # of the texts that were trained on, so many at most teach the rule of the learned criterion
 TIMED_ROWS, TIMED_BATCH, TIMED_ROUNDS = 256, 32, 5
-FILL_UP_TO = 10_000  # rows: more of them, real or made up, changed little
 
 
 def convert_classifier(
@@ -80,11 +79,11 @@ def convert_classifier(
     from transformers_badge.model.loss_badge import infer_problem_type
     from transformers_badge.model.modeling_badge import BadgeForSequenceClassification
     from transformers_badge.model.sources_badge import LOADING_ARGUMENTS
-    from transformers_badge.training.fine_tune import make_trainer, special_ids, tokenize
+    from transformers_badge.training.fine_tune import FILL_UP_TO, make_trainer, tokenize
     from transformers_badge.training.kept_states import can_keep, kept_in_place
-    from transformers_badge.training.lexical import fit_lexical_exit, text_folds
-    from transformers_badge.training.pieces import fill_up
-    from transformers_badge.training.recipes import CONVERSION, applied
+    from transformers_badge.training.lexical import fit_lexical_exit
+    from transformers_badge.training.recipes import TEACHING, applied
+    from transformers_badge.training.teaching import filled_rows, last_answers
 
     output = Path(output_dir)
     if fill_up_to is None:
@@ -119,22 +118,19 @@ def convert_classifier(
     def table_of(part: Any, lexical_logits: Any = None) -> Any:
         return make_exit_table(model, tokenizer, pick(part), lexical_logits=lexical_logits, max_tokens=limit)
 
-    taught_rows, folds, lexical_logits = rows.select(taught), None, None
-    if len(taught) < fill_up_to:
-        # Pieces of texts that exit 0 is not fitted to in a fold must not come in by another text of the fold.
-        folds = text_folds(taught_rows["input_ids"], seed)
-        taught_rows, folds = fill_up(taught_rows, folds, special_ids(tokenizer), fill_up_to, seed)
+    taught_rows, folds = filled_rows(tokenizer, rows.select(taught), fill_up_to, seed)
+    lexical_logits = None
     if model.config.lexical_exit:
-        answers = _answers(model, taught_rows, problem_type)
+        answers = last_answers(model, taught_rows)
         if labels is not None:  # half and half, as for the other exits
             answers = (answers + np.eye(model.num_labels)[np.asarray(labels)[taught]]) / 2
         taught_rows = fit_lexical_exit(model, tokenizer, taught_rows, answers, folds=folds, seed=seed)
-        lexical_logits = np.array(taught_rows["lexical_logits"])
-    with applied(CONVERSION, model):
+        lexical_logits = taught_rows[: len(taught)]["lexical_logits"]
+    with applied(TEACHING, model):
 
         def trainer_of(rows: Any, **more: Any) -> Any:
             return make_trainer(
-                model, tokenizer, rows, None, work / "trainer", stage=CONVERSION, epochs=epochs,
+                model, tokenizer, rows, None, work / "trainer", stage=TEACHING, epochs=epochs,
                 new_learning_rate=learning_rate, temperature=temperature, batch_size=batch_size, saves=10, seed=seed,
                 **more,
             )  # fmt: skip
@@ -226,20 +222,6 @@ def texts_needed(max_disagreement: float) -> float:
 
     rows = rows_needed(lambda rows: binomial_p_value(0, rows, max_disagreement), 0.05)
     return float("inf") if rows is None else rows / CHOOSING[0]
-
-
-def _answers(model: Any, rows: Any, problem_type: str) -> Any:
-    """What the source says of tokenized rows: a probability for each label, (rows, labels)."""
-    import torch
-    from tqdm.auto import tqdm
-
-    from transformers_badge.model.criteria_badge import exit_probabilities
-    from transformers_badge.model.policy_badge import ExitPolicy
-
-    at_full_depth = model.early_exit_stream(rows, batch_size=64, policy=ExitPolicy())
-    logits = [row.logits for row in tqdm(at_full_depth, "answers of the source", len(rows), unit="row")]
-    probabilities = exit_probabilities(torch.stack(logits)[:, None].float().numpy(), problem_type)[:, :, 0]
-    return probabilities[:, 0] if problem_type == "single_label_classification" else probabilities[..., 1]
 
 
 def _digest(columns: list[list[str]], labels: Sequence[int] | None) -> str:

@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 
+FILL_UP_TO = 10_000  # rows to teach exits on: more of them, real or made up, changed little
+
+
 def check_output_directory(directory: Path) -> None:
     """Make the directory and see that it can be written to, before hours of work depend on it.
 
@@ -118,8 +121,10 @@ def fit(
     validation_rows: Any | None,
     output_dir: Path,
     *,
-    recipe: str = "joint",
+    recipe: str = "taught",
     epochs: float = 3,
+    fill_up_to: int = FILL_UP_TO,
+    seed: int = 0,
     **settings: Any,
 ) -> Any:
     """Train a model by a recipe.
@@ -128,34 +133,52 @@ def fit(
         train_rows, validation_rows: as `tokenize` makes them, with labels. A lexical exit is fitted to the first,
             unless they have `lexical_logits`, which `fit_lexical_exit` adds.
         output_dir: where Trainer may write.
-        recipe: a name of `recipes.RECIPES`; a recipe of two stages spends half of the epochs on each.
-        epochs: passes over the rows, in all.
+        recipe: a name of `recipes.RECIPES`, which says how many of the epochs each of its stages gets.
+        epochs: passes over the rows.
+        fill_up_to: rows of a stage that is `filled`.
+        seed: of everything random.
         **settings: of `make_trainer`.
 
     Returns:
-        The `Trainer` of the last stage, to predict and evaluate with.
+        The `Trainer` of the last stage, to predict and evaluate with. Its `train_dataset` begins with the training
+        rows, and has `lexical_logits` if the model has a lexical exit.
 
     Raises:
         ValueError: there is no such recipe.
     """
     from transformers_badge.training.lexical import fit_lexical_exit
-    from transformers_badge.training.recipes import applied, get_recipe
+    from transformers_badge.training.recipes import get_recipe
+    from transformers_badge.training.teaching import teaching_rows
 
-    if model.config.lexical_exit and "lexical_logits" not in train_rows.column_names:
-        train_rows = fit_lexical_exit(model, tokenizer, train_rows)
+    rows, trainer = train_rows, None
+    if model.config.lexical_exit and "lexical_logits" not in rows.column_names:
+        rows = fit_lexical_exit(model, tokenizer, rows, seed=seed)
     for stage in get_recipe(recipe):
-        with applied(stage, model):
-            trainer = make_trainer(
-                model,
-                tokenizer,
-                train_rows,
-                validation_rows,
-                output_dir,
-                stage=stage,
-                epochs=epochs * stage.share,
-                **settings,
-            )
-            trainer.train()
+        if stage.filled:
+            if not any(model.config.loss_weights[:-1]):
+                continue  # there is no inner exit to be taught, or none that is to learn
+            rows = teaching_rows(model, tokenizer, rows, fill_up_to, seed)
+        trainer = run_stage(
+            stage,
+            model,
+            tokenizer,
+            rows,
+            validation_rows,
+            output_dir,
+            epochs=epochs * stage.share,
+            seed=seed,
+            **settings,
+        )
+    return trainer
+
+
+def run_stage(stage: Any, model: Any, *rows_and_folder: Any, **settings: Any) -> Any:
+    """One run of Trainer; the arguments are those of `make_trainer`, which makes what is returned."""
+    from transformers_badge.training.recipes import applied
+
+    with applied(stage, model):
+        trainer = make_trainer(model, *rows_and_folder, stage=stage, **settings)
+        trainer.train()
     return trainer
 
 

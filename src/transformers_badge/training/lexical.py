@@ -45,7 +45,7 @@ def fit_lexical_exit(
         tokenizer: the tokenizer of its encoder; its special tokens will be left out.
         rows: a `datasets.Dataset` with `input_ids`, not padded.
         targets: (rows,) class indices or values, or (rows, labels) probabilities or values. Default: the `labels` of
-            the rows.
+            the rows. With `folds` there may be fewer than rows: the rows behind are answered, and not fitted to.
         folds: (rows,), whole numbers from 0 to 4; the rows of a fold are held out together. Default: at random, but
             equal rows together, as `text_folds` has it.
         seed: of the folds.
@@ -71,22 +71,26 @@ def fit_lexical_exit(
         if "labels" not in rows.column_names:
             raise ValueError("The rows have no labels: give targets, or rows with labels.")
         targets = rows["labels"]
-    kind, goals = _goals(model, targets, len(rows))
+    kind, goals = _goals(model, targets, len(rows) if folds is None else min(len(targets), len(rows)))
     center, spread = np.zeros(goals.shape[1]), np.ones(goals.shape[1])
     if kind == "regression":  # penalties are for values of the size of logits
         center, spread = goals.mean(axis=0), np.maximum(goals.std(axis=0), 1e-12)
     model.config.lexical_ignored_ids = special_ids(tokenizer)
 
-    order = np.random.default_rng(seed).permutation(len(rows))
+    order = np.random.default_rng(seed).permutation(len(goals))
     fitted_to, others = np.sort(order[:MOST_ROWS]), np.sort(order[MOST_ROWS:])
-    input_ids = rows["input_ids"] if others.size == 0 else rows.select(fitted_to)["input_ids"]
+    behind = np.arange(len(goals), len(rows))
+    folds_behind = np.asarray(folds)[behind] if behind.size else behind
+    input_ids = rows["input_ids"] if len(fitted_to) == len(rows) else rows.select(fitted_to)["input_ids"]
     folds = text_folds(input_ids, seed) if folds is None else np.asarray(folds)[fitted_to]
     if not np.array_equal(np.unique(folds), np.arange(FOLDS)):
         raise ValueError(
             f"The lexical exit needs at least {FOLDS} different rows to be fitted, got {len(np.unique(folds))}."
         )
-    with tqdm(total=len(fitted_to), desc="n-grams", unit="row", disable=not show_progress) as bar:
+    with tqdm(total=len(fitted_to) + len(behind), desc="n-grams", unit="row", disable=not show_progress) as bar:
         counted = count_ngrams(input_ids, model.config, bar.update)
+        if behind.size:
+            ngrams_behind = count_ngrams(rows.select(behind)["input_ids"], model.config, bar.update).ngrams
     mixing, embeddings = _embeddings(model, counted)
     used = np.flatnonzero(counted.occurrences)
     known = used[np.diff(mixing.indptr)[used] > 0]
@@ -100,6 +104,13 @@ def fit_lexical_exit(
         targets=goals,
         kind=kind,
     )
+
+    def table(solution: Solution) -> Array:
+        """One weight per bucket and label."""
+        weights = np.asarray(mixing @ (embeddings @ solution.meanings.astype(np.float32)), dtype=np.float64)
+        weights[used] += groups @ solution.words
+        return weights
+
     logits = np.zeros((len(rows), goals.shape[1]))
     fits = len(SCALES) * len(PENALTIES) + FOLDS + 1
     with tqdm(total=fits, desc="exit 0", unit="fit", disable=not show_progress) as bar:
@@ -112,15 +123,16 @@ def fit_lexical_exit(
             # The search left the first fold out as well, and so has solved this already if it saw all other rows.
             solution = chosen if fold == 0 and len(searched) == len(folds) else solve(rest, penalty)
             logits[fitted_to[folds == fold]] = solution.answers(held_out) * spread + center
+            here = np.flatnonzero(folds_behind == fold)
+            if here.size:
+                logits[behind[here]] = (ngrams_behind[here] @ table(solution) + solution.bias) * spread + center
             bar.update(1)
         solution = solve(problem, penalty)
         bar.update(1)
 
-    weights = np.asarray(mixing @ (embeddings @ solution.meanings.astype(np.float32)), dtype=np.float64)
-    weights[used] += groups @ solution.words
     lexical = model.exits[0]
     with torch.no_grad():
-        lexical.weight.copy_(torch.from_numpy(weights * spread))
+        lexical.weight.copy_(torch.from_numpy(table(solution) * spread))
         lexical.bias.copy_(torch.from_numpy(solution.bias * spread + center))
         if others.size:  # it was not fitted to these: what it says now is what it would say
             answered = [

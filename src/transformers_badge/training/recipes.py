@@ -24,16 +24,23 @@ class Stage:
         exit_gradient: what the exits' gradients do to the encoder, as in `BadgeConfig`. At 0 the last exit is frozen
             too.
         distilled: inner exits learn the last exit's answers, besides the labels if there are any.
+        filled: rows that are few are filled up with made-up ones, without labels (`teaching.teaching_rows`).
         share: of the epochs.
     """
 
     learning: Literal["all", "last", "inner", "alternating"] = "all"
     exit_gradient: float | Literal["rescaled", "separated"] = 1.0
     distilled: bool = False
+    filled: bool = False
     share: float = 1.0
 
 
+# The frozen last exit teaches the others: those of a converted classifier, and those of a model that is fine-tuned.
+TEACHING = Stage("inner", exit_gradient=0.0, distilled=True, filled=True)
+
 RECIPES: dict[str, tuple[Stage, ...]] = {
+    # All exits at once, and then they are taught by the last, on more texts than there are labels for.
+    "taught": (Stage(), TEACHING),
     # All exits at once, weighted.
     "joint": (Stage(),),
     # Encoder and last exit, then the other exits on the frozen encoder (DeeBERT, Xin et al., ACL 2020).
@@ -49,9 +56,6 @@ RECIPES: dict[str, tuple[Stage, ...]] = {
     # A block learns from the next exit only (SWEET, Rotem et al., ACL 2023).
     "separated": (Stage(exit_gradient="separated"),),
 }
-
-# The exits of a converted classifier: taught by the frozen last exit.
-CONVERSION = Stage("inner", exit_gradient=0.0, distilled=True)
 
 
 def get_recipe(name: str) -> tuple[Stage, ...]:

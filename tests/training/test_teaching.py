@@ -1,0 +1,133 @@
+"""Exits that are taught by the last one, after a fine-tuning."""
+
+import copy
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+from tiny import random_rows, tiny_model, tiny_tokenizer
+from transformers_badge import fit_lexical_exit, teach_exits
+from transformers_badge.training.fine_tune import fit
+from transformers_badge.training.recipes import TEACHING, applied
+from transformers_badge.training.teaching import last_answers, teaching_rows
+
+
+def labelled(count=60, seed=0, labels=3):
+    rng = np.random.default_rng(seed)
+    ids = [row.tolist() for row in random_rows(rng.integers(4, 20, count).tolist(), seed)]
+    masks = [[1] * len(row) for row in ids]
+    columns = {"input_ids": ids, "attention_mask": masks, "labels": rng.integers(0, labels, count)}
+    return datasets.Dataset.from_dict({"text": ["as it was"] * count, **columns})
+
+
+def all_logits(model, rows):
+    with torch.no_grad():
+        return torch.cat([model.eval()(torch.tensor([ids])).exit_logits for ids in rows["input_ids"]])
+
+
+def distance(logits):
+    """How far every inner exit is from what the last one says."""
+    probabilities = logits.softmax(dim=-1)
+    return (probabilities[:, :-1] - probabilities[:, -1:]).abs().mean(dim=(0, 2))
+
+
+@pytest.fixture
+def model():
+    """A model whose last exit is sure of some rows; its inner exits know nothing of it."""
+    model = tiny_model("bert", exit_dropout=0.5)
+    with torch.no_grad():
+        model.exits[-1].classifier.weight.mul_(20)
+    return model
+
+
+@pytest.fixture
+def lexical():
+    model = tiny_model("bert", lexical_exit=True, lexical_buckets=512)
+    with torch.no_grad():
+        model.exits[-1].classifier.weight.mul_(20)
+    return model
+
+
+def test_the_inner_exits_come_to_answer_as_the_last_which_stays_as_it_is(model):
+    rows, others = labelled(), labelled(seed=1)
+    before = copy.deepcopy(model.state_dict())
+    far = distance(all_logits(model, others))
+    taught = teach_exits(model, tiny_tokenizer(), rows.with_format("torch"), fill_up_to=300, epochs=4)
+    assert not model.training
+    assert (distance(all_logits(model, others)) < 0.7 * far).all()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert {name.split(".")[0] for name in changed} == {"exits", "bypasses"}
+    assert not any(name.startswith("exits.3.") for name in changed)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert model.config.exit_gradient == 1.0
+    assert len(taught) == 300
+    assert taught.column_names == ["input_ids", "attention_mask"]
+    assert taught.select(range(60))["input_ids"] == rows["input_ids"]
+
+
+def test_rows_that_are_many_keep_their_labels():
+    rows = labelled()
+    kept = teaching_rows(tiny_model("bert"), tiny_tokenizer(), rows, fill_up_to=60)
+    assert kept.to_dict() == rows.to_dict()
+
+
+def test_the_last_exit_teaches_without_dropout(model):
+    def twice():
+        model.train()
+        with torch.no_grad():
+            return [model(torch.tensor([list(range(4, 14))])).exit_logits[0] for _ in range(2)]
+
+    with applied(TEACHING, model):
+        one, other = twice()
+        assert torch.equal(one[-1], other[-1])
+        assert not torch.equal(one[:-1], other[:-1])  # those that learn have it
+    one, other = twice()
+    assert not torch.equal(one[-1], other[-1])  # and so has the last when it learns
+
+
+def test_exit_0_stays_and_says_of_made_up_rows_what_it_would_say_of_new_ones(lexical):
+    tokenizer = tiny_tokenizer()
+    rows = fit_lexical_exit(lexical, tokenizer, labelled(200))
+    before = copy.deepcopy(lexical.state_dict())
+    full_depth = all_logits(lexical, labelled(20, seed=1))[:, -1]
+    taught = teach_exits(lexical, tokenizer, rows, fill_up_to=400, epochs=1)
+    assert all(
+        torch.equal(lexical.exits[0].state_dict()[name], before[f"exits.0.{name}"]) for name in ("weight", "bias")
+    )
+    assert torch.equal(all_logits(lexical, labelled(20, seed=1))[:, -1], full_depth)
+    held_out = torch.tensor(taught["lexical_logits"])
+    assert torch.allclose(held_out[:200], torch.tensor(rows["lexical_logits"]), atol=1e-5)
+    # Of the made-up rows it would say more, for it was fitted to their pieces.
+    now = all_logits(lexical, taught)[200:, 0]
+    assert held_out[200:].std() < 0.9 * now.std()
+
+
+def test_a_recipe_teaches_after_the_fine_tuning(lexical, tmp_path):
+    rows = labelled()
+    trainer = fit(lexical, tiny_tokenizer(), rows, rows, tmp_path, epochs=1, batch_size=16, fill_up_to=100)
+    assert len(trainer.train_dataset) == 100
+    assert trainer.train_dataset.select(range(60))["input_ids"] == rows["input_ids"]
+    assert "test_accuracy_exit_4" in trainer.predict(trainer.eval_dataset).metrics
+
+
+@pytest.mark.parametrize("fields", [{"exit_layers": [4]}, {"exit_loss_weights": [0, 0, 0, 1]}], ids=str)
+def test_where_no_inner_exit_is_to_learn_nothing_is_taught(tmp_path, fields):
+    trainer = fit(tiny_model("bert", **fields), tiny_tokenizer(), labelled(), None, tmp_path, epochs=1)
+    assert len(trainer.train_dataset) == 60
+
+
+def test_what_cannot_be_taught_is_named():
+    with pytest.raises(ValueError, match=r"no exit to teach: exit_layers=\[4\]"):
+        teach_exits(tiny_model("bert", exit_layers=[4]), tiny_tokenizer(), labelled())
+    with pytest.raises(ValueError, match="epochs must be above 0, got 0"):
+        teach_exits(tiny_model("bert"), tiny_tokenizer(), labelled(), epochs=0)
+
+
+@pytest.mark.parametrize("problem", ["single_label_classification", "multi_label_classification", "regression"])
+def test_answers_are_those_of_the_last_exit(problem):
+    model, rows = tiny_model("bert", problem_type=problem), labelled(20)
+    logits = all_logits(model, rows)[:, -1]
+    expected = {"single_label_classification": logits.softmax(-1), "multi_label_classification": logits.sigmoid()}
+    assert np.allclose(last_answers(model, rows), expected.get(problem, logits).numpy(), atol=1e-5)
