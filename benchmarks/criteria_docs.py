@@ -139,7 +139,7 @@ Made by `make docs` from docs/records/criteria.json (`python benchmarks/criteria
 
 ## The criteria compared
 
-MiniLM (6 blocks) on movie reviews, product reviews and tweets, three seeds each, fine-tuned jointly and converted (on texts alone, without texts that are made up): {len(models)} models. Every model
+MiniLM (6 blocks) on movie reviews, product reviews and tweets, three seeds each, fine-tuned jointly (recipe `joint`) and converted, both without texts that are made up: {len(models)} models. Every model
 leaves an exit table of rows that it has not seen; the table is halved at random {record["splits"]} times, what is learned is learned on one half, and each half is measured
 once. Losses are against full depth of the same model. Criteria and their dials are described in [Exit policies](exit-policies.md).
 

@@ -6,7 +6,7 @@ plain classifier for the rows of which it is not sure. Every model is trained on
 it has not seen; what is there already is not made again, so it can be interrupted.
 
 Example: python benchmarks/lexical.py --output-dir bench-output
-         python benchmarks/lexical.py --recipe converted (the joint models stay as docs/records has them)
+         python benchmarks/lexical.py --data movies --recipe converted (all others stay as docs/records has them)
          python benchmarks/lexical.py --output-dir bench-output --time demo-output/checkpoint
 """
 
@@ -241,7 +241,9 @@ def main() -> None:
     """Train what is missing, then compare; or time a checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=Path("bench-output"))
-    parser.add_argument("--recipe", choices=KINDS, help="Only these; the others stay as docs/records has them.")
+    data_sets = sorted({data for data, _ in TASKS})
+    parser.add_argument("--data", choices=data_sets, help="Only these; the others stay as docs/records has them.")
+    parser.add_argument("--recipe", choices=KINDS, help="As --data.")
     parser.add_argument("--time", type=Path, help="Only time this checkpoint of `transformers-badge demo`.")
     arguments = parser.parse_args()
     (arguments.output_dir / "lexical").mkdir(parents=True, exist_ok=True)
@@ -250,7 +252,8 @@ def main() -> None:
         record = {"machine": describe_machine(), **time_it(arguments.time)}
         (arguments.output_dir / "lexical_time.json").write_text(json.dumps(record, indent=2) + "\n")
         return
-    tasks = [task for task in TASKS if arguments.recipe in (None, task[1])]
+    asked = arguments.data, arguments.recipe
+    tasks = [task for task in TASKS if all(one in (None, other) for one, other in zip(asked, task, strict=True))]
     kinds = [(seed, task, kind) for seed in SEEDS for task in tasks for kind in KINDS[task[1]]]
     for seed, (data, recipe), kind in tqdm(kinds, unit="model"):
         path = table_path(arguments.output_dir, data, recipe, seed, kind)
@@ -260,7 +263,7 @@ def main() -> None:
         compare(arguments.output_dir, data, recipe, seed)
         for (data, recipe), seed in tqdm(list(itertools.product(tasks, SEEDS)), desc="comparing", unit="model")
     ]
-    if arguments.recipe is not None:
+    if tasks != TASKS:
         models = with_others(models, json.loads(RECORD.read_text())["models"], TASKS)
     record = {"losses": LOSSES, "speedups": SPEEDUPS, "splits": SPLITS, "machine": describe_machine(), "models": models}
     (arguments.output_dir / "lexical.json").write_text(json.dumps(record) + "\n")

@@ -67,10 +67,16 @@ def test_the_inner_exits_come_to_answer_as_the_last_which_stays_as_it_is(model):
     assert taught.select(range(60))["input_ids"] == rows["input_ids"]
 
 
-def test_rows_that_are_many_keep_their_labels():
+def test_to_rows_that_are_many_nothing_is_added(lexical):
     rows = labelled()
     kept = teaching_rows(tiny_model("bert"), tiny_tokenizer(), rows, fill_up_to=60)
-    assert kept.to_dict() == rows.to_dict()
+    assert kept.to_dict() == rows.remove_columns("labels").to_dict()
+    fitted = fit_lexical_exit(lexical, tiny_tokenizer(), rows)
+    before = copy.deepcopy(lexical.state_dict())
+    for given in (fitted, rows):  # what exit 0 says of them is known, or is found out
+        kept = teaching_rows(lexical, tiny_tokenizer(), given, fill_up_to=60)
+        assert kept.to_dict() == fitted.remove_columns("labels").to_dict()
+        assert all(torch.equal(value, before[name]) for name, value in lexical.state_dict().items())
 
 
 def test_the_last_exit_teaches_without_dropout(model):

@@ -24,7 +24,8 @@ class Stage:
         exit_gradient: what the exits' gradients do to the encoder, as in `BadgeConfig`. At 0 the last exit is frozen
             too.
         distilled: inner exits learn the last exit's answers, besides the labels if there are any.
-        filled: rows that are few are filled up with made-up ones, without labels (`teaching.teaching_rows`).
+        filled: rows go without labels, and where they are few are filled up with made-up ones
+            (`teaching.teaching_rows`).
         share: of the epochs.
     """
 

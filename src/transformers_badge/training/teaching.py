@@ -35,8 +35,7 @@ def teach_exits(
         epochs: passes over the rows.
         learning_rate: peak rate of bypasses and exits.
         batch_size: rows per step.
-        fill_up_to: rows, reached with made-up ones where there are fewer (`pieces.fill_up`). Where some are made up,
-            the last exit alone says what is learnt; otherwise labels, if there are any, have half a say.
+        fill_up_to: rows, reached with made-up ones where there are fewer (`pieces.fill_up`).
         seed: of everything random.
 
     Returns:
@@ -81,21 +80,20 @@ def teaching_rows(model: Any, tokenizer: Any, rows: Any, fill_up_to: int, seed: 
     Args:
         model: a fine-tuned model.
         rows: those that it was fine-tuned on, a `datasets.Dataset` with `input_ids`.
-        fill_up_to: rows, reached with made-up ones where there are fewer. As these have no labels, all go without.
+        fill_up_to: rows, reached with made-up ones where there are fewer.
         seed: of what is made up, and of the folds.
 
     Returns:
-        The rows and, behind them, those made up; with `lexical_logits` if the model has an exit 0, of one fitted to
-        rows of other folds.
+        The rows and, behind them, those made up, without labels: the last exit alone says what is learnt. With
+        `lexical_logits` if the model has an exit 0, from one fitted to rows of other folds.
     """
     filled, folds = filled_rows(tokenizer, rows, fill_up_to, seed)
-    if not model.config.lexical_exit or "lexical_logits" in filled.column_names:
-        return filled
-    targets = rows["labels"] if "labels" in rows.column_names else last_answers(model, rows)
-    fitted = copy.deepcopy(model.exits[0].state_dict())
-    filled = fit_lexical_exit(model, tokenizer, filled, targets, folds=folds, seed=seed)
-    model.exits[0].load_state_dict(fitted)
-    return filled
+    if model.config.lexical_exit and "lexical_logits" not in filled.column_names:
+        targets = rows["labels"] if "labels" in rows.column_names else last_answers(model, rows)
+        fitted = copy.deepcopy(model.exits[0].state_dict())
+        filled = fit_lexical_exit(model, tokenizer, filled, targets, folds=folds, seed=seed)
+        model.exits[0].load_state_dict(fitted)
+    return filled.remove_columns("labels") if "labels" in filled.column_names else filled
 
 
 def filled_rows(tokenizer: Any, rows: Any, fill_up_to: int, seed: int) -> tuple[Any, Any]:
