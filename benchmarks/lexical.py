@@ -160,6 +160,8 @@ def compare(output_dir: Path, data: str, recipe: str, seed: int) -> dict[str, An
     tables = {kind: ExitTable.load(table_path(output_dir, data, recipe, seed, kind)) for kind in KINDS[recipe]}
     full = correctness(tables["without"])[:, -1]
     entry: dict[str, Any] = {"data": data, "recipe": recipe, "seed": seed, "rows": len(full)}
+    if recipe == "joint":
+        entry["stages"] = "taught"  # entries of before exits were taught have none
     entry["exit_accuracy"] = {kind: np.round(correctness(t).mean(axis=0), 4).tolist() for kind, t in tables.items()}
     for kind, criterion in itertools.product(("with", "without"), ("learned", "entropy", "fixed_depth")):
         table = tables[kind]

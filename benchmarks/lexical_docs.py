@@ -15,7 +15,8 @@ def of_task(record: dict[str, Any], data: str, recipe: str) -> list[dict[str, An
 
 def named(models: list[dict[str, Any]]) -> str:
     """What a task is called in a table."""
-    return f"{models[0]['data']}, {models[0]['recipe']} ({len(models)} seeds)"
+    first = models[0]
+    return f"{first['data']}, {first.get('stages', first['recipe'])} ({len(models)} seeds)"
 
 
 def spread(values: Any, unit: str = "x", digits: int = 2) -> str:
@@ -185,8 +186,8 @@ It is the one exit that explains itself (`explain_lexical_exit` in `transformers
 ## What it buys
 
 Made by `make docs` from docs/records/lexical.json (`python benchmarks/lexical.py`), on {machine(record)}. MiniLM (6 blocks), mean and standard deviation over the seeds. Models with and without
-exit 0 are trained on the same rows; `converted` means a frozen classifier with exits that were taught without labels. The joint models are of an earlier run than the converted
-ones, from when gates learned ten times as slowly; theirs hardly move by either rate.
+exit 0 are trained on the same rows, by the recipe `taught`, or, in an earlier run, by `joint` ([recipes](model.md#training-recipes)); `converted` means a frozen classifier with exits
+that were taught without labels.
 
 Layer speedup at which no more than one point of accuracy is lost **against the model without exit 0 at full depth** (mean over {2 * record["splits"]} halvings; exit 0 counts 2 % of a block):
 

@@ -11,7 +11,14 @@ from test_replay import SEVERAL, by_hand, made_up, made_up_several
 
 from transformers_badge import ExitPolicy
 from transformers_badge.calibration.bounds import binomial_bounds, binomial_p_value, paired_upper_bound
-from transformers_badge.calibration.calibrate import _FIXED_GRID, RISKS, _halves, calibrate, check_same_model
+from transformers_badge.calibration.calibrate import (
+    _FIXED_GRID,
+    RISKS,
+    _rows_to_give,
+    _split,
+    calibrate,
+    check_same_model,
+)
 from transformers_badge.calibration.fitting import fit_rule, fit_temperatures
 from transformers_badge.calibration.replay import (
     agreement,
@@ -146,25 +153,35 @@ def test_the_risk_stated_at_a_speedup_holds_as_often_as_it_says(risk):
     assert not at_most_expected(above_the_observed)
 
 
-@pytest.mark.parametrize("learning", [{"criterion": "learned"}, {"per_exit": True}, {"temperature": True}])
-def test_rows_that_are_searched_do_not_certify(learning):
+@pytest.mark.parametrize(
+    ("learning", "share"), [({"criterion": "learned"}, 0.15), ({"per_exit": True}, 0.5), ({"temperature": True}, 0.15)]
+)
+def test_rows_that_are_searched_do_not_certify(learning, share):
     table = with_digests(made_up(1501, 4))
-    search, certify = _halves(table, seed=3)
+    search, certify = _split(table, seed=3, half=share == 0.5)
     assert sorted([*search.row_digests, *certify.row_digests]) == list(range(1501))
     kwargs = {"criterion": "entropy", "max_risk": 0.05, **learning}
     policy = calibrate(table, seed=3, **kwargs)
     assert (policy.certificate["rows_searched"], policy.certificate["rows"]) == (len(search), len(certify))
-    assert abs(len(search) - len(certify)) <= 1
-    # it is what comes of learning from one half and of certifying on the other
-    by_halves = calibrate(certify, learn_from=search, **kwargs)
-    assert replace(policy, certificate=None) == replace(by_halves, certificate=None)
-    assert policy.certificate["observed"] == by_halves.certificate["observed"]
-    assert policy.certificate["p_value"] == by_halves.certificate["p_value"]
+    assert abs(len(search) - share * 1501) <= 1
+    # it is what comes of learning from some and of certifying on the others
+    by_parts = calibrate(certify, learn_from=search, **kwargs)
+    assert replace(policy, certificate=None) == replace(by_parts, certificate=None)
+    assert policy.certificate["observed"] == by_parts.certificate["observed"]
+    assert policy.certificate["p_value"] == by_parts.certificate["p_value"]
     swapped = calibrate(search, learn_from=certify, **kwargs)
     assert swapped.certificate["observed"] != policy.certificate["observed"]
-    # which half it is is up to the seed
+    # which rows they are is up to the seed
     assert calibrate(table, seed=3, **kwargs) == policy
     assert calibrate(table, seed=4, **kwargs).certificate["observed"] != policy.certificate["observed"]
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_as_many_rows_as_are_asked_for_certify(half):
+    for rows in (2, 3, 50, 399, 400, 401, 1000, 1332, 1333, 1334, 1401, 3000):
+        certifying = len(_split(made_up(rows, 2), seed=0, half=half)[1])
+        assert len(_split(made_up(_rows_to_give(certifying, half), 2), seed=0, half=half)[1]) >= certifying
+        assert rows - 2 <= _rows_to_give(certifying, half) <= rows + 2
 
 
 def test_where_nothing_is_learned_all_rows_certify_and_have_no_part_in_what_is_tried():
@@ -196,8 +213,7 @@ def test_rows_to_learn_from_leave_all_rows_to_certify():
 )
 def test_labels_teach_the_rule_where_the_demand_is_about_right_answers(demand, goal):
     table = made_up(800, 4)
-    halves = np.random.default_rng(0).permutation(800)
-    search = table.select(np.sort(halves[:400]))
+    search = _split(table, seed=0, half=False)[0]
     rules = {goal: fit_rule(search, goal=goal) for goal in ("disagreement", "regret", "labelled_regret")}
     assert len(set(rules.values())) == 3
     assert calibrate(table, max_risk=0.1, **demand).rule == rules[goal]
@@ -261,7 +277,7 @@ def test_a_speedup_is_reached_and_its_risk_stated(risk, learning):
             # by an earlier exit. Never so where the last exit's answers count.
             assert speedup < (1.12 if risk == "disagreement" else 1.3) * target
         assert (certificate["target_speedup"], certificate["risk"]) == (target, risk)
-        certify = _halves(table, seed=0)[1]
+        certify = _split(table, seed=0, half=True)[1]
         taken = replay(certify, policy)
         if risk == "disagreement":
             changed = int((~at_exits(agreement(certify), taken)).sum())
@@ -321,7 +337,7 @@ def test_both_demands_hold_where_there_are_two():
 
 
 def test_too_few_rows_give_full_depth_and_say_how_many_would_do():
-    for rows, criterion, needed, half in ((100, "entropy", 299, 1), (100, "learned", 598, 2)):
+    for rows, criterion, needed, half in ((100, "entropy", 299, 1), (100, "learned", 499, 2)):
         with pytest.warns(UserWarning, match=rf"about {needed} rows, {needed - rows} more") as seen:
             policy = calibrate(made_up(rows), criterion, max_risk=0.01)
         assert seen[0].filename == __file__
@@ -331,7 +347,7 @@ def test_too_few_rows_give_full_depth_and_say_how_many_would_do():
         assert (certificate["met"], certificate["rows_needed"]) == (False, needed)
         assert (certificate["max_risk"], certificate["confidence"], certificate["rows"]) == (0.01, 0.95, rows // half)
         assert replay(made_up(10), policy).tolist() == [5] * 10
-        fewer = without_warnings(made_up(needed - half), criterion, max_risk=0.01)
+        fewer = without_warnings(made_up(needed - 1), criterion, max_risk=0.01)
         assert fewer.threshold is None
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -395,7 +411,7 @@ def test_the_class_that_is_named_is_the_worst_where_another_has_no_rows_to_certi
     logits[labels == 2] = np.array([-9.0, 2.0, -2.0])  # always wrong
     logits[labels == 1] = np.array([-9.0, 4.0, -4.0])  # always right
     table = replace(table, exit_logits=logits, labels=labels, label_names=("single", "common", "rare"))
-    seed = next(seed for seed in range(20) if 0 not in _halves(table, seed)[1].labels)
+    seed = next(seed for seed in range(20) if 0 not in _split(table, seed, half=False)[1].labels)
     with pytest.warns(UserWarning, match="class '(single|rare)' has"):
         calibrate(table, "learned", max_risk=None, min_class_accuracy=0.8, seed=seed)
 
@@ -443,7 +459,7 @@ def test_every_criterion_can_be_calibrated(criterion, learning):
     certificate, searched = policy.certificate, bool(learning) or criterion == "learned"
     assert policy.criterion == criterion
     # the certificate says what a replay finds
-    certify = _halves(table, seed=0)[1] if searched else table
+    certify = _split(table, seed=0, half="per_exit" in learning)[1] if searched else table
     taken = replay(certify, policy)
     changed = int((~at_exits(agreement(certify), taken)).sum())
     right = correctness(certify)
@@ -506,7 +522,7 @@ def test_a_learned_part_is_fitted_anew_for_new_temperatures():
     part = ExitPolicy(criterion="learned", rule=fit_rule(made_up(500, 4, seed=3)), threshold=0.1)
     both = ExitPolicy(criterion="any_of", parts=[part, {"criterion": "margin", "threshold": 0.1}])
     learned = calibrate(table, both, max_risk=0.1, temperature=True).parts[0]
-    search = _halves(table, seed=0)[0]
+    search = _split(table, seed=0, half=False)[0]
     assert learned.rule == fit_rule(search, learned.temperature, "disagreement") != part.rule
     assert calibrate(table, both, max_risk=0.1).parts[0] == part
 
@@ -520,7 +536,7 @@ def test_rows_to_learn_from_are_checked_though_there_is_nothing_to_learn():
 
 def test_temperatures_are_those_of_the_rows_that_are_searched():
     table = made_up(1000, 4)
-    search = _halves(table, seed=0)[0]
+    search = _split(table, seed=0, half=False)[0]
     assert calibrate(table, "entropy", max_risk=0.05, temperature=True).temperature == fit_temperatures(search)
     assert fit_temperatures(search) != fit_temperatures(table)
 

@@ -8,10 +8,12 @@ certifying rows, that the true risk of the result is larger than allowed is then
 were tested.
 """
 
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,8 @@ from transformers_badge.model.policy_badge import ExitPolicy
 Array = np.ndarray[Any, np.dtype[Any]]
 Thresholds = list[float | None]
 
+# A rule or temperatures are learned on this share of the rows, but on so many at least, if that is not over half.
+_LEARNING, _LEAST_TO_LEARN = 0.15, 200
 _QUANTILES = 300  # thresholds that are tried where some rows are there to choose them from
 # Where all rows certify, the thresholds that are tried must not depend on them: 0, and these.
 _FIXED_GRID = np.geomspace(1e-6, 1e2, 500)
@@ -57,9 +61,10 @@ def calibrate(
     """The fastest policy whose risk is small, with a guarantee.
 
     With the confidence asked for, over the draw of the rows of the table, the true risk of the policy on rows of the
-    same kind is at most `max_risk`. The rows must not have been trained on. What is learned (the rule of the learned
-    criterion, thresholds per exit, temperatures) is learned on one half of the rows and certified on the other; or
-    learned from a table of its own, and certified on all rows.
+    same kind is at most `max_risk`. The rows must not have been trained on. What is learned is learned on some of the
+    rows and certified on the others: the rule of the learned criterion and temperatures on 15 % of them (but at least
+    200, if that is no more than half), thresholds per exit on half of them. Or it is learned from a table of its own,
+    and certified on all rows.
 
     Args:
         table: every exit's logits for rows like those to come.
@@ -74,10 +79,11 @@ def calibrate(
             states what risk was certified.
         per_exit: search a threshold for every exit.
         temperature: fit a temperature for every exit first.
-        learn_from: rows to learn from, instead of half of the table; those that are in the table as well are left out.
+        learn_from: rows to learn from, instead of some of the table; those that are in the table as well are left out.
             They may be rows that the model was trained on, so that a rule is then taught by the last exit; otherwise,
-            where the demand is about right answers, by the labels.
-        seed: of the split into halves.
+            where the demand is about right answers, by the labels. Exits look better on such rows than they are, and a
+            rule learned from them is the worse for it, the longer the training was.
+        seed: of which rows are learned from.
 
     Returns:
         The policy; `certificate["summary"]` says in a sentence what was shown, or why the policy runs at full depth
@@ -96,8 +102,9 @@ def calibrate(
     search, certify = None, table
     if learn_from is not None:
         learn_from = _checked_source(learn_from, table)
+    half = per_exit or target_speedup is not None
     if searching:
-        search, certify = _halves(table, seed) if learn_from is None else (learn_from, table)
+        search, certify = _split(table, seed, half) if learn_from is None else (learn_from, table)
     if search is not None:
         goal: Goal = "disagreement"
         if demand.needs_labels:
@@ -130,8 +137,9 @@ def calibrate(
         elif strictest is not None:
             break
     if best is None or (best[1] == scores.shape[1] - 1).all():
-        halved = search is not None and learn_from is None
-        return _full_depth(certify, policy, demand, strictest, facts, halved)
+        split = search is not None and learn_from is None
+        rows_of = partial(_rows_to_give, half=half) if split else int
+        return _full_depth(certify, policy, demand, strictest, facts, rows_of)
     thresholds, taken, counts = best
     certificate = {
         "summary": summarise(demand, certify, counts, taken),
@@ -255,12 +263,21 @@ def _starting_policy(table: ExitTable, criterion: str | ExitPolicy) -> ExitPolic
     return policy
 
 
-def _halves(table: ExitTable, seed: int) -> tuple[ExitTable, ExitTable]:
-    if len(table) < 2:
-        raise ValueError("Calibrating this needs two rows at least: one half to learn from, one to certify.")
-    order = np.random.default_rng(seed).permutation(len(table))
-    half = len(table) // 2
-    return table.select(np.sort(order[:half])), table.select(np.sort(order[half:]))
+def _split(table: ExitTable, seed: int, half: bool) -> tuple[ExitTable, ExitTable]:
+    """Rows to learn from, and those that certify."""
+    rows = len(table)
+    if rows < 2:
+        raise ValueError("Calibrating this needs two rows at least: one to learn from, one to certify.")
+    learning = rows // 2 if half else min(rows // 2, max(_LEAST_TO_LEARN, round(_LEARNING * rows)))
+    order = np.random.default_rng(seed).permutation(rows)
+    return table.select(np.sort(order[:learning])), table.select(np.sort(order[learning:]))
+
+
+def _rows_to_give(certifying: int, half: bool) -> int:
+    """How many rows there have to be, for so many of them to certify."""
+    if half:
+        return 2 * certifying
+    return min(2 * certifying, max(certifying + _LEAST_TO_LEARN, math.ceil(certifying / (1 - _LEARNING))))
 
 
 def _learned_parts(search: ExitTable, policy: ExitPolicy | None, temperature: bool, goal: Goal) -> ExitPolicy:
@@ -309,9 +326,12 @@ def _full_depth(
     demand: Demand,
     strictest: Counts | None,
     facts: dict[str, Any],
-    halved: bool,
+    rows_of: Callable[[int], int],
 ) -> ExitPolicy:
-    """The answer where nothing meets the demand: full depth, with what it would take."""
+    """The answer where nothing meets the demand: full depth, with what it would take.
+
+    `rows_of` so many that certify: how many there are in all.
+    """
     full = counting(table)(np.full(len(table), table.exit_logits.shape[1] - 1))
     needed, instead = None, "a larger risk"
     if demand.min_class_accuracy is not None and replace(demand, max_risk=None).p_value(full) > demand.level:
@@ -332,7 +352,7 @@ def _full_depth(
     if needed is None:
         advice = f"more rows of this kind would not change that: allow {instead}, or train a better model"
     else:
-        total, present = (count * (2 if halved else 1) for count in (max(needed, len(table) + 1), len(table)))
+        total, present = rows_of(max(needed, len(table) + 1)), rows_of(len(table))
         advice = f"it would take about {total:,} rows, {total - present:,} more, or {instead}"
         certificate["rows_needed"] = total
     summary = (

@@ -32,7 +32,7 @@ def calibrate(
     per_exit: Annotated[bool, typer.Option("--per-exit", help="Search a threshold for every exit.")] = False,
     temperature: Annotated[bool, typer.Option("--temperature", help="Fit a temperature for every exit first.")] = False,
     refit: Annotated[
-        bool, typer.Option("--refit", help="Learn the rule of the learned criterion anew, from half of the rows.")
+        bool, typer.Option("--refit", help="Learn the rule of the learned criterion anew, from some of the rows.")
     ] = False,
     text_column: Annotated[list[str], typer.Option(help="Column with the text; give it twice for pairs.")] = ["text"],  # noqa: B006
     label_column: Annotated[

@@ -52,7 +52,6 @@ def train(
     from transformers_badge.hub.checkpoint import save_checkpoint, write_policy
     from transformers_badge.inference.exit_logits import make_exit_table
     from transformers_badge.inference.predict import token_limit
-    from transformers_badge.training.convert import RULE_ROWS
     from transformers_badge.training.data import labelled_rows, load_table
     from transformers_badge.training.fine_tune import (
         check_above_zero,
@@ -118,15 +117,8 @@ def train(
     save_checkpoint(output_dir, model, tokenizer, rows.columns)
     typer.echo(f"Saved {output_dir}; predict with: transformers-badge predict {output_dir} FILE --output OUT.jsonl")
     if max_accuracy_drop is not None:
-        labels = rows.labels[:RULE_ROWS]
-        learned = [column[:RULE_ROWS] for column in rows.columns], labels
-        lexical_logits = trainer.train_dataset[: len(labels)]["lexical_logits"] if lexical_exit else None
-        policy = calibrate(
-            make_exit_table(model, tokenizer, held_out.columns, held_out.labels),
-            risk="error_increase",
-            max_risk=max_accuracy_drop,
-            learn_from=make_exit_table(model, tokenizer, *learned, lexical_logits=lexical_logits),
-        )
+        held_out_table = make_exit_table(model, tokenizer, held_out.columns, held_out.labels)
+        policy = calibrate(held_out_table, risk="error_increase", max_risk=max_accuracy_drop)
         assert policy.certificate is not None
         write_policy(output_dir, policy)
         typer.echo(policy.certificate["summary"])

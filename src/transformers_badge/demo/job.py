@@ -15,7 +15,6 @@ import numpy as np
 SPLITS = {"default": (6000, 2800, 1768), "full": (6800, 2000, 1768)}
 EPOCHS = {"default": 1, "full": 3}
 BATCH_SIZE, LEARNING_RATE, MAX_TOKENS = 16, 1e-4, 128
-RULE_ROWS = 2000  # of the training rows, that teach the learned criterion when to leave
 TIMED_ROWS = {32: 1024, 1: 100}  # of the test rows, by batch size
 
 EXAMPLES = [
@@ -74,18 +73,14 @@ def run_demo(output_dir: Path, full: bool = False, max_accuracy_drop: float = 0.
     console.print(f"{len(train)} rows to train on, {len(calibration)} to choose a threshold, {len(test)} to test.")
 
     console.rule("2. Fine-tuning")
-    model, tokenizer, lexical_logits = _fine_tune(encoder, texts, labels, train, output_dir, EPOCHS[mode], seed)
+    model, tokenizer = _fine_tune(encoder, texts, labels, train, output_dir, EPOCHS[mode], seed)
 
     console.rule("3. Choosing the threshold, and testing")
-    learn_from, certify, on_test = (
-        _exit_table(name, model, tokenizer, texts, labels, rows, lexical)
-        for name, rows, lexical in (
-            ("to learn from", train[:RULE_ROWS], lexical_logits[:RULE_ROWS]),
-            ("to certify", calibration, None),
-            ("to test", test, None),
-        )
+    calibrating, on_test = (
+        _exit_table(name, model, tokenizer, texts, labels, rows)
+        for name, rows in (("to choose by", calibration), ("to test", test))
     )
-    report = _evaluate(model, learn_from, certify, on_test, max_accuracy_drop)
+    report = _evaluate(model, calibrating, on_test, max_accuracy_drop)
     tested = [texts[i] for i in test]
     report["early_exit"] |= _leave_early(model, tokenizer, tested, labels[test].tolist())
     report["max_accuracy_drop"] = max_accuracy_drop
@@ -115,8 +110,8 @@ def run_demo(output_dir: Path, full: bool = False, max_accuracy_drop: float = 0.
 
 def _fine_tune(
     encoder: Path, texts: list[str], labels: Any, train: Any, output_dir: Path, epochs: int, seed: int
-) -> tuple[Any, Any, Any]:
-    """The model, its tokenizer, and what exit 0 says of the training rows without having seen them."""
+) -> tuple[Any, Any]:
+    """The model and its tokenizer."""
     from transformers import AutoTokenizer, set_seed
     from transformers.utils import logging
 
@@ -131,7 +126,7 @@ def _fine_tune(
     logging.set_verbosity_warning()
     tokenizer = AutoTokenizer.from_pretrained(encoder)
     rows = tokenize(tokenizer, [texts], labels.tolist(), max_tokens=MAX_TOKENS)
-    trainer = fit(
+    fit(
         model,
         tokenizer,
         rows.select(train),
@@ -142,12 +137,10 @@ def _fine_tune(
         batch_size=BATCH_SIZE,
         seed=seed,
     )
-    return model.eval(), tokenizer, np.array(trainer.train_dataset["lexical_logits"])
+    return model.eval(), tokenizer
 
 
-def _exit_table(
-    name: str, model: Any, tokenizer: Any, texts: list[str], labels: Any, rows: Any, lexical_logits: Any
-) -> Any:
+def _exit_table(name: str, model: Any, tokenizer: Any, texts: list[str], labels: Any, rows: Any) -> Any:
     from tqdm.auto import tqdm
 
     from transformers_badge.inference.exit_logits import make_exit_table
@@ -159,13 +152,12 @@ def _exit_table(
             tokenizer,
             [chosen],
             labels[rows],
-            lexical_logits=lexical_logits,
             max_tokens=MAX_TOKENS,
             on_batch=bar.update,
         )
 
 
-def _evaluate(model: Any, learn_from: Any, certify: Any, tested: Any, max_accuracy_drop: float) -> dict[str, Any]:
+def _evaluate(model: Any, calibrating: Any, tested: Any, max_accuracy_drop: float) -> dict[str, Any]:
     """Certify a policy on the calibration rows; what every exit and every threshold does on the test rows.
 
     All of it comes from exit tables, by replay; `_leave_early` then runs the policy for real.
@@ -175,7 +167,7 @@ def _evaluate(model: Any, learn_from: Any, certify: Any, tested: Any, max_accura
     from transformers_badge.calibration.replay import at_exits, correctness, layer_speedup, replay
     from transformers_badge.evaluation.curves import tradeoff_curve
 
-    policy = calibrate(certify, risk="error_increase", max_risk=max_accuracy_drop, learn_from=learn_from)
+    policy = calibrate(calibrating, risk="error_increase", max_risk=max_accuracy_drop)
     model.config.exit_policy = policy
     right, taken = correctness(tested), replay(tested, policy)
     accuracy, full, early = right.mean(axis=0), right[:, -1], at_exits(right, taken)
