@@ -21,7 +21,7 @@ def write_engines(
     plot_engines(record, ENGINE_NAMES, root / "docs" / "images" / "engines.png")
     figures = "\n\n".join(
         [
-            "The checkpoint of `make demo DEMO_ARGS=--full` (MiniLM, 6 blocks, exit 0, movie reviews) and its test rows in the order of arrival, padded to the longest of each batch. The threshold is, for each "
+            "The checkpoint of `make demo DEMO_ARGS=--full` (MiniLM, 6 blocks, exit 0, movie reviews; an earlier run, by the recipe `joint`, its rule learned from training rows) and its test rows in the order of arrival, padded to the longest of each batch. The threshold is, for each "
             f"engine, the fastest that is expected to lose at most {record['max_lost']:g} points of accuracy, as 2,000 other rows have it. `python benchmarks/engines.py demo-output/checkpoint --calibration-rows 2000` on {machine(record)}, ONNX Runtime "
             f"{record['machine']['onnxruntime']}; "
             + ", ".join(
