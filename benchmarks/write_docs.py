@@ -136,7 +136,7 @@ def write_benchmarks(
         "## The demo in full",
         "",
         f"`transformers-badge demo --full`: MiniLM, 6 blocks, movie-review polarity, {full['rows']['train']} training rows, "
-        f"{full['rows']['test']} test rows, 3 epochs, one seed; an earlier run, by the recipe `joint`. On {machine(full)}; {full['minutes']} minutes.",
+        f"{full['rows']['test']} test rows, 3 epochs, one seed. On {machine(full)}; {full['minutes']} minutes.",
         "",
         *demo_table(full, plain),
         "",
