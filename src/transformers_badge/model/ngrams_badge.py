@@ -38,7 +38,7 @@ def ngram_buckets(
     np.greater(words[:, 1:], words[:, :-1], out=starts[:, 1:])
     width = input_ids.shape[1]
     # The number of a token's segment, from 1; s in the hash is from 0.
-    hashed, whole = starts.cumsum(axis=1) * MULTIPLIERS[1], words
+    hashed, whole = starts.cumsum(axis=1, dtype=np.int64) * MULTIPLIERS[1], words
     sums, found = [], []
     for n in range(1, min(ngrams, width) + 1):
         # One more token at the end: column i is the n-gram that starts with token i.
