@@ -4,13 +4,12 @@ from functools import cache
 
 import numpy as np
 import pytest
+from scipy.optimize import minimize_scalar
 from scipy.stats import binom, binomtest, multinomial, norm
 
 from transformers_badge.calibration.bounds import (
-    FEW_EVENTS,
     binomial_bounds,
     binomial_p_value,
-    error_increase_p_value,
     paired_p_value,
     paired_upper_bound,
     rows_needed,
@@ -34,13 +33,12 @@ def chances(lost, gained, rows, rate_lost, rate_gained):
 
 @cache
 def p_values(increase):
-    """What is tested, of every outcome, next to what the normal approximation gives."""
+    """The p-value of every outcome, next to what the normal approximation gives."""
     lost, gained = outcomes(ROWS)
-    paired = [paired_p_value(int(a), int(b), ROWS, increase, LEVEL / 10) for a, b in zip(lost, gained, strict=True)]
-    either = [error_increase_p_value(int(a), int(b), ROWS, increase, LEVEL) for a, b in zip(lost, gained, strict=True)]
+    paired = [paired_p_value(int(a), int(b), ROWS, increase, LEVEL) for a, b in zip(lost, gained, strict=True)]
     mean = (lost - gained) / ROWS
     deviation = np.sqrt(np.maximum((lost + gained) / ROWS - mean**2, 1e-12) / ROWS)
-    return np.array(paired), np.array(either), norm.cdf((mean - increase) / deviation)
+    return np.array(paired), norm.cdf((mean - increase) / deviation)
 
 
 @pytest.mark.parametrize(("events", "rows"), COUNTS)
@@ -84,26 +82,41 @@ def test_the_p_value_of_an_increase_is_valid_whatever_the_rate_of_gains(increase
             for chance in (chances(lost, gained, ROWS, rate + increase, rate) for rate in rates)
         ]
     )
-    paired, either, normal = excluded.max(axis=0)
-    assert 0.3 * LEVEL < paired <= LEVEL
-    assert either <= LEVEL
+    paired, normal = excluded.max(axis=0)
+    assert 0.8 * LEVEL < paired <= LEVEL
     assert normal > 1.1 * LEVEL
 
 
+def likelihood_score(lost, gained, rows, increase):
+    """The statistic by its definition: the rate of gains is sought where the outcome is most likely."""
+
+    def against(rate):
+        rates = np.clip([rate + increase, rate, 1 - increase - 2 * rate], 1e-300, 1)
+        return -(np.array([lost, gained, rows - lost - gained]) * np.log(rates)).sum()
+
+    rate = minimize_scalar(against, bounds=(0, (1 - increase) / 2), method="bounded", options={"xatol": 1e-10}).x
+    return (lost - gained - rows * increase) / np.sqrt(rows * (2 * rate + increase - increase**2))
+
+
 def test_the_p_value_of_an_increase_is_an_upper_bound_and_a_close_one():
-    rows, increase, spent = 30, 0.15, 0.01
+    rows, increase, level = 30, 0.15, 0.05
     lost, gained = outcomes(rows)
+    scores = np.array([likelihood_score(a, b, rows, increase) for a, b in zip(lost, gained, strict=True)])
     for seen_lost, seen_gained in ((0, 0), (3, 0), (3, 2), (6, 1), (8, 8), (1, 6)):
-        upper = binomial_bounds(seen_gained, rows, 1 - spent)[1]
-        less = lost - gained <= seen_lost - seen_gained
-        rates = np.linspace(0, min(upper, 0.999 * (1 - increase) / 2), 60)
-        exact = max(chances(lost, gained, rows, rate + increase, rate)[less].sum() for rate in rates)
-        assert exact + spent <= paired_p_value(seen_lost, seen_gained, rows, increase, spent) <= 1.3 * exact + 3 * spent
+        least, most = binomial_bounds(seen_gained, rows, 1 - level / 200)
+        extreme = scores <= scores[(lost == seen_lost) & (gained == seen_gained)] + 1e-6
+        rates = np.linspace(least, min(most, 0.999 * (1 - increase) / 2), 200)
+        exact = max(chances(lost, gained, rows, rate + increase, rate)[extreme].sum() for rate in rates)
+        p_value = paired_p_value(seen_lost, seen_gained, rows, increase, level)
+        if scores[extreme].max() >= 0:
+            assert p_value == 1
+        else:
+            assert exact <= p_value <= 1.1 * exact + level / 50
 
 
 def test_what_is_spent_on_the_rate_of_gains_is_paid():
-    for spent in (0.001, 0.01, 0.1):
-        assert paired_p_value(0, 0, 5000, 0.05, spent) == pytest.approx(spent, abs=1e-6)
+    for level in (0.001, 0.01, 0.1):
+        assert paired_p_value(0, 0, 5000, 0.05, level) == pytest.approx(level / 100, abs=1e-6)
 
 
 @pytest.mark.parametrize("increase", [0.05, 0.3])
@@ -118,13 +131,16 @@ def test_more_losses_never_make_a_smaller_p_value_nor_more_gains_a_larger_one(in
     assert np.nanmin(by_gains) < -0.05
 
 
-def test_which_test_it_is_depends_on_the_number_of_rows_alone():
-    counts = [(0, 0), (2, 0), (5, 9), (9, 2), (20, 1)]
-    few, many = int(FEW_EVENTS / 0.02) - 1, int(FEW_EVENTS / 0.02)
-    for lost, gained in counts:
-        assert error_increase_p_value(lost, gained, few, 0.02, 0.1) == binomial_p_value(lost, few, 0.02)
-        assert error_increase_p_value(lost, gained, many, 0.02, 0.1) == paired_p_value(lost, gained, many, 0.02, 0.01)
-        assert binomial_p_value(lost, many, 0.02) != paired_p_value(lost, gained, many, 0.02, 0.01)
+@pytest.mark.parametrize("rows", [320, 850, 5000])
+def test_gains_make_up_for_losses_and_cost_nothing_where_there_are_none(rows):
+    """As many losses are allowed as if losses alone were counted where nothing is gained, and more where there is."""
+    alone = max(lost for lost in range(rows) if binomial_p_value(lost, rows, 0.01) <= LEVEL)
+    allowed = [
+        max(lost for lost in range(alone + gained + 2) if paired_p_value(lost, gained, rows, 0.01, LEVEL) <= LEVEL)
+        for gained in (0, 10, 30)
+    ]
+    assert allowed[0] == alone
+    assert allowed[0] < allowed[1] - 5 < allowed[2] - 15
 
 
 @pytest.mark.parametrize(("rate_lost", "rate_gained"), [(0.03, 0.0), (0.1, 0.05), (0.05, 0.05)])
@@ -146,8 +162,8 @@ def test_the_upper_bound_of_an_increase_covers_it(rate_lost, rate_gained):
 def test_the_upper_bound_is_where_the_test_begins_to_exclude():
     for lost, gained, rows in ((0, 0, 300), (7, 3, 500), (40, 80, 2000)):
         bound = paired_upper_bound(lost, gained, rows, 0.95)
-        assert paired_p_value(lost, gained, rows, bound, 0.005) <= 0.05
-        assert bound < 2e-5 or paired_p_value(lost, gained, rows, bound - 2e-5, 0.005) > 0.05
+        assert paired_p_value(lost, gained, rows, bound, 0.05) <= 0.05
+        assert bound < 2e-5 or paired_p_value(lost, gained, rows, bound - 2e-5, 0.05) > 0.05
 
 
 def test_rows_needed_is_the_first_number_of_rows_that_will_do():

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from transformers_badge.calibration.bounds import binomial_p_value, error_increase_p_value, rows_needed
+from transformers_badge.calibration.bounds import binomial_p_value, paired_p_value, rows_needed
 from transformers_badge.calibration.replay import agreement, at_exits, correctness
 from transformers_badge.exit_table import ExitTable
 
@@ -21,7 +21,7 @@ RISKS: dict[str, str] = {
 }
 
 # Calibrating again and again, or at thresholds that differ little, meets the same counts many times.
-_error_increase_p_value = lru_cache(maxsize=4096)(error_increase_p_value)
+_paired_p_value = lru_cache(maxsize=4096)(paired_p_value)
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Demand:
         assert self.max_risk is not None
         if self.risk == "disagreement":
             return binomial_p_value(changed, rows, self.max_risk)
-        return _error_increase_p_value(lost, gained, rows, self.max_risk, self.level)
+        return _paired_p_value(lost, gained, rows, self.max_risk, self.level)
 
     def rows_needed(self, counts: Counts) -> int | None:
         """Certifying rows with which counts in these proportions would do. `None`: no number of rows would."""
