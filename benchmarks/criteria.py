@@ -1,11 +1,11 @@
-"""Which criterion: all of them compared on models that were fine-tuned jointly and on converted classifiers.
+"""Which criterion: all of them compared on models as `train` makes them, on the same without exit 0, and as `convert`.
 
 MiniLM, three data sets of two classes and one of five, three seeds. Every model is trained once and leaves an exit
 table of rows that it has not seen; what is there already is not made again, so it can be interrupted. The comparison
 replays from the tables.
 
 Example: python benchmarks/criteria.py --output-dir bench-output
-         python benchmarks/criteria.py --recipe converted (the joint models stay as docs/records has them)
+         python benchmarks/criteria.py --recipe converted (the others stay as docs/records has them)
 """
 
 import argparse
@@ -40,18 +40,18 @@ from transformers_badge.inference.exit_logits import make_exit_table
 from transformers_badge.training.fine_tune import fit, tokenize
 
 
-SEEDS, RECIPES, SPLITS = (0, 1, 2), ("joint", "converted"), 5
+SEEDS, SPLITS = (0, 1, 2), 5
+RECIPES = ("exit_0", "taught", "converted")  # fine-tuned, with an exit 0 and without; and converted, without
 # What a rule learns, with labels and without: as `calibrate` has it for the one risk and the other.
 LEARNED: dict[str, Goal] = {"learned": "labelled_regret", "learned_without_labels": "disagreement"}
 RATINGS = "ratings"  # the movie reviews in five classes
-# docs/records/criteria.json is older than texts that are made up: as models were trained then.
-BEFORE_MADE_UP: dict[str, dict[str, Any]] = {"joint": {"stages": "joint"}, "converted": {"fill_up_to": 0}}
 EPOCHS = {"movies": 2, "products": 3, "tweets": 3, RATINGS: 1}
-TASKS = [*itertools.product(("movies", "products", "tweets"), RECIPES), (RATINGS, "joint")]
+TASKS = [*itertools.product(("movies", "products", "tweets"), RECIPES), (RATINGS, "taught")]
+COMMON = 6.0  # the layer speedup up to which areas are taken: a model without exit 0 has no more
 MAX_TOKENS, BATCH_SIZE, LEARNING_RATE = 128, 16, 1e-4
 RECORD = Path(__file__).parents[1] / "docs" / "records" / "criteria.json"
-# Shares of a data set, anew for every seed: joint models learn from the first two; the source of a converted one from
-# the first, its exits from the second, without labels. The rest is for calibration and test.
+# Shares of a data set, anew for every seed: fine-tuned models learn from the first two; the source of a converted one
+# from the first, its exits from the second, without labels. The rest is for calibration and test.
 SHARES = {"source": 0.4, "texts": 0.2}
 
 
@@ -63,15 +63,12 @@ def parts_of(data: str, seed: int) -> tuple[list[str], Any, list[Any]]:
     return texts, labels, np.split(order, cuts)
 
 
-def train(
-    data: str, recipe: str, seed: int, all_texts: bool = False, stages: str = "taught", **fields: Any
-) -> ExitTable:
+def train(data: str, recipe: str, seed: int, all_texts: bool = False, **fields: Any) -> ExitTable:
     """Train one model, and run it over the rows that were held out.
 
     Args:
         all_texts: convert on the texts of the source as well.
-        stages: the recipe of `fit`, for a model that is not converted.
-        **fields: of its config, or of `convert_classifier`.
+        **fields: of `convert_classifier`.
     """
     texts, labels, (source, others, held_out) = parts_of(data, seed)
 
@@ -80,10 +77,10 @@ def train(
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        if recipe == "joint":
+        if recipe != "converted":
             set_seed(seed)
             model = BadgeForSequenceClassification.from_encoder(
-                encoder_path(), num_labels=int(labels.max()) + 1, **fields
+                encoder_path(), num_labels=int(labels.max()) + 1, lexical_exit=recipe == "exit_0"
             )
             tokenizer = AutoTokenizer.from_pretrained(encoder_path())
             taught = np.concatenate([source, others])
@@ -94,7 +91,7 @@ def train(
                 rows,
                 None,
                 folder,
-                recipe=stages,
+                recipe="taught",
                 epochs=EPOCHS[data],
                 learning_rate=LEARNING_RATE,
                 batch_size=BATCH_SIZE,
@@ -121,6 +118,11 @@ def table_path(output_dir: Path, data: str, recipe: str, seed: int) -> Path:
     return output_dir / "criteria" / f"{data}-{recipe}-{seed}.safetensors"
 
 
+def axis_of(table: ExitTable) -> Any:
+    """Layer speedups from 1 to the most that is of interest, finely, for what is read off the curves."""
+    return np.arange(1.0, speedup_axis(table)[-1] + 1e-9, 1 / 8 if table.exit_layers[0] == 0 else 1 / 16)
+
+
 def best_threshold(table: ExitTable, scores: Any, allowed: float) -> float:
     """The threshold that costs least while no more accuracy than allowed is lost on these rows; -1: nobody leaves."""
     runs, right, rows = run_thresholds(scores), correctness(table), np.arange(len(table))
@@ -136,7 +138,7 @@ def compare(table: ExitTable) -> dict[str, Any]:
     The table is halved at random SPLITS times, and each half is measured once. Curves, of what is lost at a speedup,
     are means over these. So is the speedup at which no more than so many answers differ from full depth.
     """
-    axis, costs, blocks = speedup_axis(table), np.asarray(table.costs), table.blocks
+    axis, costs, blocks = axis_of(table), np.asarray(table.costs), table.blocks
     policies = compared_policies(len(table.exit_layers))
     scores = {name: score_exits(table, policy) for name, policy in policies.items()}
     lost: dict[str, list[Any]] = {name: [] for name in (*policies, *LEARNED)}
@@ -172,7 +174,7 @@ def compare(table: ExitTable) -> dict[str, Any]:
         blocks_run, lost_then = np.mean(chosen[name], axis=0).T
         compared[name] = {
             "lost": np.round(mean, 5).tolist(),
-            "area_lost": round(area(axis, mean), 5),
+            "area_lost": round(area(axis[axis <= COMMON], mean[axis <= COMMON]), 5),
             "speedup_at_loss": [round(speedup_at(axis, mean, allowed), 3) for allowed in LOSSES],
             "speedup_at_change": [round(speedup_at(axis, np.mean(changed[name], axis=0), a), 3) for a in LOSSES],
             "chosen": {
@@ -202,12 +204,12 @@ def main() -> None:
     for seed, (data, recipe) in tqdm(list(itertools.product(SEEDS, tasks)), unit="model"):
         path = table_path(arguments.output_dir, data, recipe, seed)
         if not path.exists():
-            train(data, recipe, seed, **BEFORE_MADE_UP[recipe]).save(path)
-    record: dict[str, Any] = {"losses": LOSSES, "splits": SPLITS, "machine": describe_machine()}
+            train(data, recipe, seed).save(path)
+    record: dict[str, Any] = {"losses": LOSSES, "splits": SPLITS, "machine": describe_machine(), "speedup_axes": {}}
     models: dict[str, list[Any]] = {"models": [], "several_classes": []}
     for (data, recipe), seed in tqdm(list(itertools.product(tasks, SEEDS)), desc="comparing", unit="model"):
         table = ExitTable.load(table_path(arguments.output_dir, data, recipe, seed))
-        record["speedup_axis"] = speedup_axis(table).tolist()
+        record["speedup_axes"][recipe] = axis_of(table).tolist()
         models["several_classes" if data == RATINGS else "models"].append(
             {
                 "data": data,
@@ -221,6 +223,7 @@ def main() -> None:
     if arguments.recipe is not None:
         before = json.loads(RECORD.read_text())
         models = {name: with_others(entries, before[name], TASKS) for name, entries in models.items()}
+        record["speedup_axes"] = before["speedup_axes"] | record["speedup_axes"]
     record |= models
     (arguments.output_dir / "criteria.json").write_text(json.dumps(record) + "\n")
 

@@ -77,7 +77,7 @@ def time_replay() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Simulate on a joint and a converted model, time the replay, store."""
+    """Simulate on a model of every kind, time the replay, store."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=Path("bench-output"))
     arguments = parser.parse_args()

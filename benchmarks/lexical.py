@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, BertForSequenceClassification
 from transformers.utils import logging
 
 from criteria import EPOCHS, MAX_TOKENS, SEEDS, SPLITS, parts_of, train, with_others
+from criteria import table_path as fine_tuned_path
 from plain_classifier import fine_tune_plainly
 from transformers_badge import BadgeForSequenceClassification, ExitPolicy, ExitTable, make_exit_table
 from transformers_badge.calibration.fitting import Goal, fit_rule
@@ -34,8 +35,8 @@ from transformers_badge.evaluation.curves import cross_fitted_scores, curve, run
 from transformers_badge.evaluation.timing import describe_machine, time_in_turns
 
 
-TASKS = [("movies", "joint"), ("products", "joint"), ("tweets", "joint"), ("movies", "converted")]
-KINDS = {"joint": ("with", "without", "plain"), "converted": ("with", "without")}
+TASKS = [("movies", "taught"), ("products", "taught"), ("tweets", "taught"), ("movies", "converted")]
+KINDS = {"taught": ("with", "without", "plain"), "converted": ("with", "without")}
 LOSSES = (0.0, 0.005, 0.01, 0.02)
 AXIS = np.linspace(1.0, 30.0, 600)  # layer speedups
 SPEEDUPS = (1.2, 1.4, 1.6, 1.8, 2.0, 2.5, 3.0)  # at which the criteria are compared
@@ -44,14 +45,18 @@ TIMED_ROWS, ROUNDS = {1: 200, 32: 1024}, 7
 
 
 def table_path(output_dir: Path, data: str, recipe: str, seed: int, kind: str) -> Path:
-    """Where the exit table of one model lies."""
+    """Where the exit table of one model lies; fine-tuned models with exits are those of `criteria.py`."""
+    if recipe == "taught" and kind != "plain":
+        return fine_tuned_path(output_dir, data, {"with": "exit_0", "without": "taught"}[kind], seed)
     return output_dir / "lexical" / f"{data}-{recipe}-{seed}-{kind}.safetensors"
 
 
 def make_table(data: str, recipe: str, seed: int, kind: str) -> ExitTable:
     """Train one model; converted ones learn from the texts of their source and others."""
+    if recipe == "converted":
+        return train(data, recipe, seed, all_texts=True, lexical_exit=kind == "with")
     if kind != "plain":
-        return train(data, recipe, seed, all_texts=recipe == "converted", lexical_exit=kind == "with")
+        return train(data, "exit_0" if kind == "with" else "taught", seed)
     texts, labels, (source, others, held_out) = parts_of(data, seed)
     taught = np.concatenate([source, others])
     with tempfile.TemporaryDirectory() as folder:
@@ -160,8 +165,6 @@ def compare(output_dir: Path, data: str, recipe: str, seed: int) -> dict[str, An
     tables = {kind: ExitTable.load(table_path(output_dir, data, recipe, seed, kind)) for kind in KINDS[recipe]}
     full = correctness(tables["without"])[:, -1]
     entry: dict[str, Any] = {"data": data, "recipe": recipe, "seed": seed, "rows": len(full)}
-    if recipe == "joint":
-        entry["stages"] = "taught"  # entries of before exits were taught have none
     entry["exit_accuracy"] = {kind: np.round(correctness(t).mean(axis=0), 4).tolist() for kind, t in tables.items()}
     for kind, criterion in itertools.product(("with", "without"), ("learned", "entropy", "fixed_depth")):
         table = tables[kind]
@@ -172,7 +175,7 @@ def compare(output_dir: Path, data: str, recipe: str, seed: int) -> dict[str, An
             scored = with_criterion(table, criterion, "disagreement")
             agreed = measure(costs, agreement(table), everyone, table.blocks, scored)
             entry[f"{kind}, {criterion}, agreement"] = agreed
-    if recipe == "joint":
+    if recipe == "taught":
         entry["cascade"] = cascade(data, seed, tables["plain"], full)
     return entry
 
@@ -248,7 +251,8 @@ def main() -> None:
     parser.add_argument("--recipe", choices=KINDS, help="As --data.")
     parser.add_argument("--time", type=Path, help="Only time this checkpoint of `transformers-badge demo`.")
     arguments = parser.parse_args()
-    (arguments.output_dir / "lexical").mkdir(parents=True, exist_ok=True)
+    for folder in ("lexical", "criteria"):
+        (arguments.output_dir / folder).mkdir(parents=True, exist_ok=True)
     logging.set_verbosity_error()
     if arguments.time is not None:
         record = {"machine": describe_machine(), **time_it(arguments.time)}

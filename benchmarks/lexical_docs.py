@@ -16,7 +16,7 @@ def of_task(record: dict[str, Any], data: str, recipe: str) -> list[dict[str, An
 def named(models: list[dict[str, Any]]) -> str:
     """What a task is called in a table."""
     first = models[0]
-    return f"{first['data']}, {first.get('stages', first['recipe'])} ({len(models)} seeds)"
+    return f"{first['data']}, {first['recipe']} ({len(models)} seeds)"
 
 
 def spread(values: Any, unit: str = "x", digits: int = 2) -> str:
@@ -36,7 +36,7 @@ def gain_rows(record: dict[str, Any], tasks: list[tuple[str, str]], index: int) 
         models = of_task(record, data, recipe)
         own, without = (speedups(models, f"{kind}, learned", index) for kind in ("with", "without"))
         entropy = speedups(models, "with, entropy", index)
-        other = spread(speedups(models, "cascade", index)) if recipe == "joint" else ""
+        other = spread(speedups(models, "cascade", index)) if recipe == "taught" else ""
         rows.append(
             [named(models), spread(without), f"**{spread(own)}**", f"{np.mean(own / without):.2f}",
              spread(entropy), other]
@@ -79,7 +79,7 @@ def accuracy_rows(record: dict[str, Any], tasks: list[tuple[str, str]]) -> list[
                 accuracy = 100 * np.mean([model["exit_accuracy"][kind] for model in models], axis=0)
                 blanks = [""] * (7 - len(accuracy))
                 rows.append([named(models), kind, *blanks, *[f"{value:.1f}" for value in accuracy]])
-        if recipe == "joint":
+        if recipe == "taught":
             alone = 100 * np.mean([model["cascade"]["accuracy"] for model in models])
             rows.append([named(models), "TF-IDF and logistic regression", f"{alone:.1f}", *[""] * 6])
     return rows
@@ -186,8 +186,8 @@ It is the one exit that explains itself (`explain_lexical_exit` in `transformers
 ## What it buys
 
 Made by `make docs` from docs/records/lexical.json (`python benchmarks/lexical.py`), on {machine(record)}. MiniLM (6 blocks), mean and standard deviation over the seeds. Models with and without
-exit 0 are trained on the same rows, by the recipe `taught`, or, in an earlier run, by `joint` ([recipes](model.md#training-recipes)); `converted` means a frozen classifier with exits
-that were taught without labels.
+exit 0 are trained on the same rows, by the recipe `taught` ([recipes](model.md#training-recipes)); `converted` means a frozen classifier with exits that were
+taught without labels.
 
 Layer speedup at which no more than one point of accuracy is lost **against the model without exit 0 at full depth** (mean over {2 * record["splits"]} halvings; exit 0 counts 2 % of a block):
 
