@@ -119,8 +119,11 @@ def against_fixed_depth(record: dict[str, Any]) -> str:
     axis = np.linspace(1.2, 3, 37)
     ahead = np.mean(
         [
-            np.interp(axis, record["speedup_axes"][recipe], mean_lost(record, recipe, "fixed_depth"))
-            - np.interp(axis, record["speedup_axes"][recipe], mean_lost(record, recipe, "learned"))
+            np.interp(
+                axis,
+                record["speedup_axes"][recipe],
+                mean_lost(record, recipe, "fixed_depth") - mean_lost(record, recipe, "learned"),
+            )
             for recipe in GROUPS
         ],
         axis=0,

@@ -37,6 +37,7 @@ from transformers_badge.evaluation.timing import describe_machine, time_in_turns
 
 TASKS = [("movies", "taught"), ("products", "taught"), ("tweets", "taught"), ("movies", "converted")]
 KINDS = {"taught": ("with", "without", "plain"), "converted": ("with", "without")}
+FINE_TUNED = {"with": "exit_0", "without": "taught"}  # kinds that are models of `criteria.py`, and their recipes there
 LOSSES = (0.0, 0.005, 0.01, 0.02)
 AXIS = np.linspace(1.0, 30.0, 600)  # layer speedups
 SPEEDUPS = (1.2, 1.4, 1.6, 1.8, 2.0, 2.5, 3.0)  # at which the criteria are compared
@@ -46,8 +47,8 @@ TIMED_ROWS, ROUNDS = {1: 200, 32: 1024}, 7
 
 def table_path(output_dir: Path, data: str, recipe: str, seed: int, kind: str) -> Path:
     """Where the exit table of one model lies; fine-tuned models with exits are those of `criteria.py`."""
-    if recipe == "taught" and kind != "plain":
-        return fine_tuned_path(output_dir, data, {"with": "exit_0", "without": "taught"}[kind], seed)
+    if recipe == "taught" and kind in FINE_TUNED:
+        return fine_tuned_path(output_dir, data, FINE_TUNED[kind], seed)
     return output_dir / "lexical" / f"{data}-{recipe}-{seed}-{kind}.safetensors"
 
 
@@ -55,8 +56,8 @@ def make_table(data: str, recipe: str, seed: int, kind: str) -> ExitTable:
     """Train one model; converted ones learn from the texts of their source and others."""
     if recipe == "converted":
         return train(data, recipe, seed, all_texts=True, lexical_exit=kind == "with")
-    if kind != "plain":
-        return train(data, "exit_0" if kind == "with" else "taught", seed)
+    if kind in FINE_TUNED:
+        return train(data, FINE_TUNED[kind], seed)
     texts, labels, (source, others, held_out) = parts_of(data, seed)
     taught = np.concatenate([source, others])
     with tempfile.TemporaryDirectory() as folder:
@@ -251,8 +252,7 @@ def main() -> None:
     parser.add_argument("--recipe", choices=KINDS, help="As --data.")
     parser.add_argument("--time", type=Path, help="Only time this checkpoint of `transformers-badge demo`.")
     arguments = parser.parse_args()
-    for folder in ("lexical", "criteria"):
-        (arguments.output_dir / folder).mkdir(parents=True, exist_ok=True)
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
     logging.set_verbosity_error()
     if arguments.time is not None:
         record = {"machine": describe_machine(), **time_it(arguments.time)}
@@ -263,6 +263,7 @@ def main() -> None:
     kinds = [(seed, task, kind) for seed in SEEDS for task in tasks for kind in KINDS[task[1]]]
     for seed, (data, recipe), kind in tqdm(kinds, unit="model"):
         path = table_path(arguments.output_dir, data, recipe, seed, kind)
+        path.parent.mkdir(exist_ok=True)
         if not path.exists():
             make_table(data, recipe, seed, kind).save(path)
     models = [

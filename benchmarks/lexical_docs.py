@@ -15,8 +15,7 @@ def of_task(record: dict[str, Any], data: str, recipe: str) -> list[dict[str, An
 
 def named(models: list[dict[str, Any]]) -> str:
     """What a task is called in a table."""
-    first = models[0]
-    return f"{first['data']}, {first['recipe']} ({len(models)} seeds)"
+    return f"{models[0]['data']}, {models[0]['recipe']} ({len(models)} seeds)"
 
 
 def spread(values: Any, unit: str = "x", digits: int = 2) -> str:

@@ -53,7 +53,7 @@ def paired_p_value(lost: int, gained: int, rows: int, max_increase: float, level
         max_increase: the increase in errors that is to be excluded, in (0, 1).
         level: at which the p-value will be used.
     """
-    seen = float(_score(np.array(lost), np.array(gained), rows, max_increase))
+    seen = float(_score(lost, gained, rows, max_increase))
     if seen >= 0:
         return 1.0  # no fewer were lost than the hypothesis has it
     spent = level * _SPENT
@@ -75,7 +75,7 @@ def paired_p_value(lost: int, gained: int, rows: int, max_increase: float, level
     return float(min(1.0, (weight * at_most).sum(axis=1).max() + 2 * _CUT + spent))
 
 
-def _score(lost: Array, gained: Array, rows: int, max_increase: float) -> Array:
+def _score(lost: Array | int, gained: Array | int, rows: int, max_increase: float) -> Array:
     """Tango's statistic: below 0 where fewer are lost than the hypothesis has it."""
     changed, difference = lost + gained, lost - gained
     linear = (2 * rows - difference) * max_increase - changed
