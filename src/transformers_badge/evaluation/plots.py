@@ -147,19 +147,17 @@ def plot_tradeoff(record: dict[str, Any], path: Path) -> None:
     speedups = [point["layer_speedup"] for point in record["curve"]]
     axes.plot(speedups, [100 * point["accuracy"] for point in record["curve"]], color="#1f5fa8", lw=1.8,
               label=f"early exit ({record['policy']['criterion']}), by threshold")  # fmt: skip
-    axes.plot(
-        [blocks / layer for layer in record["exit_layers"] if layer],
-        [100 * a for a, layer in zip(record["exit_accuracy"], record["exit_layers"], strict=True) if layer],
-        "o--", color="#9a9a9a", ms=5, lw=1, label="everyone leaves at the same exit",
-    )  # fmt: skip
-    for layer, accuracy in zip(record["exit_layers"], record["exit_accuracy"], strict=True):
-        if layer == 0:  # as far to the right as one likes
-            axes.axhline(100 * accuracy, color="#bbbbbb", lw=0.8, ls=":")
-            axes.annotate("exit 0", (0.985, 100 * accuracy), xycoords=("axes fraction", "data"), ha="right",
-                          xytext=(0, 2), textcoords="offset points", fontsize=7.5, color="#777777")  # fmt: skip
-            continue
-        axes.annotate(f"exit {layer}", (blocks / layer, 100 * accuracy), xytext=(5, -11), textcoords="offset points",
-                      fontsize=7.5, color="#777777")  # fmt: skip
+    exits = dict(zip(record["exit_layers"], (100 * a for a in record["exit_accuracy"]), strict=True))
+    if 0 in exits:  # as far to the right as one likes
+        lexical = exits.pop(0)
+        axes.axhline(lexical, color="#bbbbbb", lw=0.8, ls=":")
+        axes.annotate("exit 0", (0.985, lexical), xycoords=("axes fraction", "data"), ha="right",
+                      xytext=(0, 2), textcoords="offset points", fontsize=7.5, color="#777777")  # fmt: skip
+    axes.plot([blocks / layer for layer in exits], list(exits.values()), "o--", color="#8a8a8a", ms=9, lw=1,
+              label="everyone leaves at exit 1, 2, ...")  # fmt: skip
+    for layer, accuracy in exits.items():
+        axes.annotate(str(layer), (blocks / layer, accuracy), ha="center", va="center_baseline", fontsize=6.5,
+                      color="white", weight="bold")  # fmt: skip
     chosen = record["early_exit"]
     axes.plot(chosen["layer_speedup"], 100 * chosen["accuracy"], "*", ms=15, color="#d1495b",
               label=f"chosen: {chosen['layer_speedup']:.2f}x at {100 * chosen['accuracy']:.1f} %")  # fmt: skip
