@@ -19,10 +19,11 @@ def write_engines(
 ) -> None:
     """Put the figures between the page's markers, and draw the picture."""
     plot_engines(record, ENGINE_NAMES, root / "docs" / "images" / "engines.png")
+    lost = [entry["full_depth"] - entry["early_exit"] for entry in record["engines"].values()]
     figures = "\n\n".join(
         [
-            "The checkpoint of `make demo DEMO_ARGS=--full` (MiniLM, 6 blocks, exit 0, movie reviews; an earlier run, by the recipe `joint`, its rule learned from training rows) and its test rows in the order of arrival, padded to the longest of each batch. The threshold is, for each "
-            f"engine, the fastest that is expected to lose at most {record['max_lost']:g} points of accuracy, as 2,000 other rows have it. `python benchmarks/engines.py demo-output/checkpoint --calibration-rows 2000` on {machine(record)}, ONNX Runtime "
+            "The checkpoint of `make demo DEMO_ARGS=--full` (MiniLM, 6 blocks, exit 0, movie reviews) and its test rows in the order of arrival, padded to the longest of each batch. The threshold is, for each "
+            f"engine, the fastest that is expected to lose at most {record['max_lost']:g} points of accuracy, as 2,000 other rows have it; on these {record['rows']:,} it loses {min(lost):.1f} to {max(lost):.1f}. `python benchmarks/engines.py demo-output/checkpoint --calibration-rows 2000` on {machine(record)}, ONNX Runtime "
             f"{record['machine']['onnxruntime']}; "
             + ", ".join(
                 f"{entry['rows']} rows" + f" at batch size {size}" for size, entry in record["batch_sizes"].items()
@@ -79,7 +80,7 @@ def _bf16(record: dict[str, Any], machine: Callable[[dict[str, Any]], str]) -> s
         ]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return (
-        f"`python benchmarks/engines.py demo-output/checkpoint --calibration-rows 2000 --engine bf16`, on {machine(record)}: {entry['full_depth']:.2f} % at full depth, {entry['early_exit']:.2f} % with early exit, {entry['layer_speedup']:.2f}x in layers.\n\n"
+        f"`python benchmarks/engines.py demo-output/checkpoint --calibration-rows 2000 --engine bf16`, on {machine(record)}, with an earlier checkpoint (by the recipe `joint`) and `--max-lost {record['max_lost']:g}`: {entry['full_depth']:.2f} % at full depth, {entry['early_exit']:.2f} % with early exit, {entry['layer_speedup']:.2f}x in layers.\n\n"
         + "\n".join(lines)
     )
 
