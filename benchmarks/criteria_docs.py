@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from lexical_docs import of_task, spread
 from transformers_badge.evaluation.plots import HIGHLIGHTED, line_color
 from transformers_badge.evaluation.report import markdown_table
 
@@ -87,7 +88,7 @@ def task_rows(record: dict[str, Any], index: int) -> list[list[str]]:
     """A row per task and recipe: speedup at one of the losses, of the criteria that matter most."""
     rows = []
     for data, recipe in dict.fromkeys((model["data"], model["recipe"]) for model in record["models"]):
-        models = [m for m in record["models"] if (m["data"], m["recipe"]) == (data, recipe)]
+        models = of_task(record, data, recipe)
         accuracy = 100 * np.mean([model["exit_accuracy"] for model in models], axis=0)
         speedups = [
             over_models(models, name, index) for name in ("learned", "entropy", "dge", "patience", "fixed_depth")
@@ -96,7 +97,7 @@ def task_rows(record: dict[str, Any], index: int) -> list[list[str]]:
             [
                 f"{data}, {GROUPS[recipe]}",
                 " ".join(f"{value:.1f}" for value in accuracy),
-                *[f"{values.mean():.2f}x +- {values.std(ddof=1):.2f}" for values in speedups],
+                *map(spread, speedups),
             ]
         )
     return rows
