@@ -1,5 +1,7 @@
 """Tiny models with random weights, one per encoder family, and random inputs for them."""
 
+import json
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -79,7 +81,20 @@ def tiny_config(family: str, **fields: Any) -> BadgeConfig:
 def tiny_model(family: str, seed: int = 0, **fields: Any) -> BadgeForSequenceClassification:
     """A model in eval mode whose bypasses are far from their zero start, and whose exits tell rows apart.
 
-    Random encoders answer all rows alike; the exits are shifted and stretched so that their logits have mean 0 and
+    Made once and copied from then on, since making takes thirty times as long and most tests ask for one.
+    """
+    key = json.dumps([family, seed, fields], sort_keys=True)
+    if key not in _made:
+        _made[key] = _make_model(family, seed, fields)
+    torch.manual_seed(seed)  # what a test draws next does not depend on who made the model
+    return deepcopy(_made[key])
+
+
+_made: dict[str, BadgeForSequenceClassification] = {}
+
+
+def _make_model(family: str, seed: int, fields: dict[str, Any]) -> BadgeForSequenceClassification:
+    """Random encoders answer all rows alike; the exits are shifted and stretched so that their logits have mean 0 and
     standard deviation 1.5 over random rows.
     """
     torch.manual_seed(seed)
