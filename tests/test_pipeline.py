@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoTokenizer, TextClassificationPipeline, pipeline
+from transformers.pipelines.pt_utils import KeyDataset
 
 from transformers_badge import BadgeForSequenceClassification, BadgeTextClassificationPipeline
 
@@ -57,6 +59,60 @@ def test_batches_give_the_same_answers(classify):
         assert [a["score"] for a in together] == pytest.approx([a["score"] for a in alone], abs=1e-5)
 
 
+def test_the_rows_of_a_list_are_regrouped_and_those_of_a_generator_are_not(classify, reviews, monkeypatch):
+    texts = reviews[0][:200]
+    runs = []
+    run_block = type(classify.model).run_block
+    monkeypatch.setattr(
+        type(classify.model), "run_block", lambda *given: runs.append(len(given[2].hidden_states)) or run_block(*given)
+    )
+
+    def answer(given):
+        runs.clear()
+        answers = list(classify(given, batch_size=4, threshold=0.6))
+        return [a["exit_layer"] for a in answers], [a["score"] for a in answers], len(runs), sum(runs)
+
+    layers, scores, regrouped, rows = answer(texts)
+    layers_one_by_one, scores_one_by_one, shrinking, rows_one_by_one = answer(text for text in texts)
+    assert layers == layers_one_by_one
+    assert scores == pytest.approx(scores_one_by_one, abs=1e-5)
+    assert rows == rows_one_by_one == sum(layers)
+    assert regrouped < 0.75 * shrinking
+
+
+def test_a_generator_is_read_a_batch_at_a_time(classify):
+    read = []
+    answers = iter(classify((read.append(text) or text for text in TEXTS * 8), batch_size=4))
+    next(answers)
+    assert len(read) <= 2 * 4
+
+
+def test_columns_and_data_sets_are_taken(classify):
+    dataset = Dataset.from_dict({"text": TEXTS, "label": [0, 1, 0, 1]})
+    expected = classify(TEXTS)
+    assert classify(dataset["text"]) == expected
+    assert classify(tuple(TEXTS)) == expected
+    assert classify([dict(row) for row in dataset]) == expected
+    answers = classify(KeyDataset(dataset, "text"), batch_size=2)
+    assert len(answers) == 4
+    for _ in range(2):
+        assert [answer["exit_layer"] for answer in answers] == [answer["exit_layer"] for answer in expected]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["a film", None], "Text 1 must be a string or, for a pair, .* got NoneType"),
+        ([{"text_pair": "a film"}], "Text 0 must be a string or, for a pair, .* got dict"),
+        ([["a film", "a play"]], "Text 0 must be a string or, for a pair, .* got list"),
+        (3, "Text must be a string or, for a pair, .* got int"),
+    ],
+)
+def test_what_is_no_text_is_named(classify, given, message):
+    with pytest.raises(TypeError, match=message):
+        classify(given)
+
+
 def test_no_texts_have_no_answers(classify):
     assert classify([]) == []
     assert classify(()) == []
@@ -88,6 +144,8 @@ def test_pairs(classify):
     pair, alone = classify({"text": "A lovely film.", "text_pair": "Go see it!"}), classify("A lovely film.")[0]
     assert pair.keys() == {"label", "score", "exit_layer"}
     assert pair["score"] != alone["score"]
+    mixed = classify([{"text": "A lovely film.", "text_pair": "Go see it!"}, "A lovely film."], batch_size=2)
+    assert [answer["score"] for answer in mixed] == pytest.approx([pair["score"], alone["score"]], abs=1e-5)
 
 
 def test_an_instance_and_the_old_name_work_at_full_depth(checkpoint):
