@@ -24,6 +24,12 @@ BATCH = {**pad(random_rows([9, 4, 12, 7])), "labels": torch.tensor([0, 1, 2, 1])
 SINGLE = "single_label_classification"
 
 
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """For the output folder that a Trainer makes."""
+    monkeypatch.chdir(tmp_path)
+
+
 def stage_trainer(model, stage, **arguments):
     return ExitTrainer(
         model=model, args=TrainingArguments("unused", report_to=[], use_cpu=True), stage=stage, **arguments
