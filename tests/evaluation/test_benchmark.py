@@ -9,6 +9,7 @@ from transformers_badge import ExitPolicy, ExitTable
 from transformers_badge.evaluation import benchmark
 from transformers_badge.evaluation.benchmark import choose_policy, ideal_milliseconds, measure_policy, profile
 from transformers_badge.evaluation.contenders import Contenders
+from transformers_badge.evaluation.timing import PairedTimings
 
 
 @pytest.fixture
@@ -90,6 +91,25 @@ def test_in_the_ideal_time_rows_pay_for_what_they_need(contenders, monkeypatch):
     depths = (nobody, np.array([0, 0, 1, 2]), everybody)
     ideal = [ideal_milliseconds(contenders, "eager", texts, 2, row_depths) for row_depths in depths]
     assert ideal == [pytest.approx(1000 / 4 * value) for value in (100_011, 3_103_061, 11_111_111)]
+
+
+def test_the_ideal_of_a_round_is_set_against_the_times_of_that_round(monkeypatch):
+    names = [f"{kind}, eager" for kind in ("full", "truncated", "deeper", "nobody leaves", "early exit", "stream")]
+    told = iter([99.0, 2.0, 6.0])  # ms per row: of the warm-up, and of two rounds
+
+    def in_turns(calls, rounds):
+        for call in calls.values():
+            for _ in range(1 + rounds):
+                call()
+        return PairedTimings({name: [0.01, 0.02] for name in calls})  # of 4 rows
+
+    monkeypatch.setattr(benchmark, "time_in_turns", in_turns)
+    runs = {name: lambda texts, size: [1.0] for name in (benchmark.PIPELINE, *names)}
+    entry = benchmark._time(runs, ["w5"] * 4, 2, 2, {"eager": lambda: next(told)})
+    for name in ("early exit, eager", "stream, eager"):
+        assert entry["ratios"][f"arrives, {name}"] == pytest.approx({"median": 1.0, "min": 0.8, "max": 1.2})
+    assert entry["milliseconds_per_row"]["ideal, eager"] == pytest.approx(4.0)
+    assert entry["milliseconds_per_row"]["full, eager"] == pytest.approx(1000 * 0.015 / 4)
 
 
 def test_contenders_in_onnx_runtime_run(contenders, tmp_path):

@@ -4,9 +4,10 @@ import importlib.metadata
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,8 @@ def benchmark_checkpoint(
 
     Returns:
         `machine`; `engines`, each with accuracy at full depth, with early exit and truncated, and layer_speedup;
-        `batch_sizes`, each with milliseconds_per_row, ideal (see `ideal_milliseconds`), latency (p50 and p99 of a
-        batch, ms), ratios; `memory` in MiB; `profile`, the shares of a row's time.
+        `batch_sizes`, each with milliseconds_per_row (among them the ideal, see `ideal_milliseconds`), latency (p50
+        and p99 of a batch, ms), ratios; `memory` in MiB; `profile`, the shares of a row's time.
     """
     contenders = Contenders(checkpoint, folder, threads)
     record: dict[str, Any] = {
@@ -97,7 +98,7 @@ def benchmark_checkpoint(
         on_step(f"batch size {size}")
         timed = max(rows, BATCHES * size)
         ideal = {
-            engine: ideal_milliseconds(contenders, engine, texts[:timed], size, depths[engine][:timed])
+            engine: partial(ideal_milliseconds, contenders, engine, texts[:timed], size, depths[engine][:timed])
             for engine in engines
         }
         record["batch_sizes"][str(size)] = _time(runs, texts[:timed], size, rounds, ideal)
@@ -159,15 +160,29 @@ def _table(contenders: Contenders, model: Any, texts: Texts, labels: Sequence[in
     return make_exit_table(model, contenders.tokenizer, columns, labels)
 
 
-def _time(runs: dict[str, Run], texts: Texts, size: int, rounds: int, ideal: dict[str, float]) -> dict[str, Any]:
+def _time(
+    runs: dict[str, Run], texts: Texts, size: int, rounds: int, ideal: Mapping[str, Callable[[], float]]
+) -> dict[str, Any]:
+    """Seconds of contenders in turns.
+
+    Args:
+        ideal: by engine, a run that tells what the ideal time is, in milliseconds per row: one in every round.
+    """
     batches: dict[str, list[float]] = {name: [] for name in runs}
+    least: dict[str, list[float]] = {engine: [] for engine in ideal}
 
     def call(name: str, run: Run) -> Callable[[], None]:
         return lambda: batches[name].extend(run(texts, size))
 
-    timings = time_in_turns({name: call(name, run) for name, run in runs.items()}, rounds)
-    ratios, per_row = {}, {name: 1000 * timings.median(name) / len(texts) for name in runs}
-    for engine, least in ideal.items():
+    def tell(engine: str) -> Callable[[], None]:
+        return lambda: least[engine].append(ideal[engine]())
+
+    calls = {name: call(name, run) for name, run in runs.items()}
+    timings = time_in_turns({**calls, **{f"ideal, {engine}": tell(engine) for engine in ideal}}, rounds)
+    for engine, milliseconds in least.items():  # not the seconds of the run that told it
+        timings.seconds[f"ideal, {engine}"] = [each * len(texts) / 1000 for each in milliseconds[-rounds:]]
+    ratios, per_row = {}, {name: 1000 * timings.median(name) / len(texts) for name in timings.seconds}
+    for engine in ideal:
         ours = f"early exit, {engine}"
         streamed = f"stream, {engine}"
         for base in (PIPELINE, f"full, {engine}", f"truncated, {engine}", f"deeper, {engine}"):
@@ -176,7 +191,7 @@ def _time(runs: dict[str, Run], texts: Texts, size: int, rounds: int, ideal: dic
             ratios[f"{streamed} over {base}"] = timings.speedup(streamed, base)
         ratios[f"cost of exits, {engine}"] = timings.speedup(f"full, {engine}", f"nobody leaves, {engine}")
         for name in (ours, streamed):
-            ratios[f"arrives, {name}"] = dict.fromkeys(("median", "min", "max"), least / per_row[name])
+            ratios[f"arrives, {name}"] = timings.speedup(name, f"ideal, {engine}")
     latency = {
         name: {"p50": 1000 * statistics.median(seconds), "p99": 1000 * float(np.quantile(seconds, 0.99))}
         for name, seconds in batches.items()
@@ -185,7 +200,6 @@ def _time(runs: dict[str, Run], texts: Texts, size: int, rounds: int, ideal: dic
     return {
         "rows": len(texts),
         "milliseconds_per_row": per_row,
-        "ideal": ideal,
         "latency": latency,
         "ratios": ratios,
     }
@@ -227,6 +241,7 @@ PARTS = {
 
 def profile(contenders: Contenders, engine: str, texts: Texts, size: int) -> dict[str, float]:
     """Milliseconds per row of each part, where `criterion and loop` is what is left."""
+    _profile(contenders, engine, texts, size, contenders.policies[engine])  # a warm-up
     seconds, total = _profile(contenders, engine, texts, size, contenders.policies[engine])
     parts = {title: sum(spent for part, spent in seconds.items() if part[0] in names) for title, names in PARTS.items()}
     parts["criterion and loop"] = total - sum(parts.values())
@@ -253,24 +268,21 @@ def ideal_milliseconds(contenders: Contenders, engine: str, texts: Texts, size: 
 def _profile(
     contenders: Contenders, engine: str, texts: Texts, size: int, policy: ExitPolicy
 ) -> tuple[dict[tuple[Any, ...], float], float]:
-    """Seconds of every part, see `ProfiledStages`, and of all; the second of two runs."""
+    """Seconds of every part, see `ProfiledStages`, and of all."""
     model = contenders.engine(engine)
     stages = ProfiledStages(model if engine == "eager" else model.stages)
-    problem, total = contenders.model.config.problem_type or "single_label_classification", 0.0
-    for _ in range(2):
-        stages.seconds.clear()
-        begin = time.perf_counter()
-        for start in range(0, len(texts), size):
-            at = time.perf_counter()
-            encoded = contenders.encode(texts[start : start + size], None)
-            count = len(encoded["input_ids"])
-            rows = [{key: encoded[key][row] for key in encoded} for row in range(count)]
-            stages.add(("tokenization",), at)
-            with torch.no_grad():
-                state, mask = stages.begin(rows)
-                predict_with_policy(stages, state, mask, contenders.model.num_labels, policy, problem)
-        total = time.perf_counter() - begin
-    return dict(stages.seconds), total
+    problem = contenders.model.config.problem_type or "single_label_classification"
+    begin = time.perf_counter()
+    for start in range(0, len(texts), size):
+        at = time.perf_counter()
+        encoded = contenders.encode(texts[start : start + size], None)
+        count = len(encoded["input_ids"])
+        rows = [{key: encoded[key][row] for key in encoded} for row in range(count)]
+        stages.add(("tokenization",), at)
+        with torch.no_grad():
+            state, mask = stages.begin(rows)
+            predict_with_policy(stages, state, mask, contenders.model.num_labels, policy, problem)
+    return stages.seconds, time.perf_counter() - begin
 
 
 def peak_memory(contenders: Contenders, kind: str, engine: str, texts: Texts) -> float:
