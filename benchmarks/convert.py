@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, default_data_collator
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, default_data_collator, pipeline
 
 from plain_classifier import fine_tune_plainly
 from transformers_badge import BadgeForSequenceClassification, make_exit_table
 from transformers_badge.calibration.replay import agreement, answers, correctness
 from transformers_badge.demo.sources import read_reviews
-from transformers_badge.evaluation.timing import describe_machine
+from transformers_badge.evaluation.timing import describe_machine, time_in_turns
 from transformers_badge.inference.predict import predict_texts
 from transformers_badge.training.convert import convert_classifier
 from transformers_badge.training.fine_tune import make_trainer, tokenize
@@ -32,6 +32,7 @@ from transformers_badge.training.recipes import TEACHING, applied
 
 SOURCE_ROWS, TEXTS, TEST_ROWS = 4800, 4000, 1768
 EPOCHS, MAX_TOKENS = 3, 128
+TIMED_ROWS, BATCH_SIZE, ROUNDS = 512, 32, 5
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
     "texts_alone": {"fill_up_to": 0},
@@ -65,6 +66,18 @@ def tested(folder: Path, source: Path, texts: list[str], labels: Any) -> dict[st
             "layer_speedup": model.exit_layers[-1] / mean,
         },
     }
+
+
+def time_pipelines(folder: Path, source: Path, texts: list[str]) -> dict[str, float]:
+    """How many times as fast the pipeline of a converted model is as the source's, over a list of texts."""
+    classify = {
+        "converted": pipeline("text-classification", model=str(folder), trust_remote_code=True),
+        "source": pipeline("text-classification", model=str(source)),
+    }
+    contenders = {
+        name: lambda pipe=pipe: pipe(texts, batch_size=BATCH_SIZE, truncation=True) for name, pipe in classify.items()
+    }
+    return time_in_turns(contenders, ROUNDS).speedup("converted", "source")
 
 
 def time_of_keeping_states(source: Path, texts: list[str]) -> dict[str, float]:
@@ -119,6 +132,7 @@ def main() -> None:
                 "minutes": round(minutes, 1),
                 "taught_on": report["rows"],
                 "wall_clock_speedup": report["wall_clock_speedup"],
+                "speedup_of_pipeline": time_pipelines(Path(scratch) / name, source, texts[-TEST_ROWS:][:TIMED_ROWS]),
                 "policy": report["policy"],
                 **tested(Path(scratch) / name, source, texts[-TEST_ROWS:], labels[-TEST_ROWS:]),
             }
