@@ -124,11 +124,9 @@ def test_graphs_are_traced_with_sizes_that_nothing_else_has(every_family):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"bypass_reads": "pooled"},
-        {"bypass_size": 0},
         {"num_labels": 1, "problem_type": "regression"},
-        {"num_labels": 4, "problem_type": "multi_label_classification"},
-        {"num_labels": 5, "lexical_exit": True, "lexical_ignored_ids": []},
+        {"bypass_size": 0, "num_labels": 4, "problem_type": "multi_label_classification"},
+        {"bypass_reads": "pooled", "num_labels": 5, "lexical_exit": True, "lexical_ignored_ids": []},
     ],
     ids=lambda fields: " ".join(map(str, fields.values())),
 )
