@@ -11,6 +11,7 @@ import argparse
 import json
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +71,10 @@ def tested(folder: Path, source: Path, texts: list[str], labels: Any) -> dict[st
 
 def time_pipelines(folder: Path, source: Path, texts: list[str]) -> dict[str, float]:
     """How many times as fast the pipeline of a converted model is as the source's, over a list of texts."""
-    classify = {
-        "converted": pipeline("text-classification", model=str(folder), trust_remote_code=True),
-        "source": pipeline("text-classification", model=str(source)),
-    }
-    contenders = {
-        name: lambda pipe=pipe: pipe(texts, batch_size=BATCH_SIZE, truncation=True) for name, pipe in classify.items()
-    }
+    given = {"batch_size": BATCH_SIZE, "truncation": True}
+    converted = pipeline("text-classification", model=str(folder), trust_remote_code=True, **given)
+    original = pipeline("text-classification", model=str(source), **given)
+    contenders = {"converted": partial(converted, texts), "source": partial(original, texts)}
     return time_in_turns(contenders, ROUNDS).speedup("converted", "source")
 
 

@@ -12,6 +12,7 @@ from transformers_badge.training.fine_tune import make_trainer, tokenize
 
 
 TRAIN, HELD_OUT = slice(0, 640), slice(640, 940)
+MAX_TOKENS = 48
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +22,8 @@ def trained(minilm, reviews, tmp_path_factory):
     texts, labels = reviews
     tokenizer = AutoTokenizer.from_pretrained(minilm)
     model = BadgeForSequenceClassification.from_encoder(minilm, id2label={0: "negative", 1: "positive"})
-    train = tokenize(tokenizer, [texts[TRAIN]], labels[TRAIN].tolist(), 48)
-    held_out = tokenize(tokenizer, [texts[HELD_OUT]], labels[HELD_OUT].tolist(), 48)
+    train = tokenize(tokenizer, [texts[TRAIN]], labels[TRAIN].tolist(), MAX_TOKENS)
+    held_out = tokenize(tokenizer, [texts[HELD_OUT]], labels[HELD_OUT].tolist(), MAX_TOKENS)
     folder = tmp_path_factory.mktemp("minilm")
     trainer = make_trainer(
         model, tokenizer, train, held_out, folder / "run", epochs=2, learning_rate=2e-4, new_learning_rate=2e-3
@@ -30,7 +31,7 @@ def trained(minilm, reviews, tmp_path_factory):
     trainer.train()
     prediction = trainer.predict(held_out)
     model.eval()
-    table = make_exit_table(model, tokenizer, [texts[HELD_OUT]], labels[HELD_OUT], max_tokens=48)
+    table = make_exit_table(model, tokenizer, [texts[HELD_OUT]], labels[HELD_OUT], max_tokens=MAX_TOKENS)
     model.config.exit_policy = calibrate(table, max_risk=0.03)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
@@ -53,7 +54,7 @@ def test_a_loaded_checkpoint_answers_as_the_trained_model(trained, reviews):
         AutoModelForSequenceClassification.from_pretrained(folder),
         AutoTokenizer.from_pretrained(folder),
     )
-    batch = tokenizer(texts, padding=True, truncation=True, max_length=48, return_tensors="pt")
+    batch = tokenizer(texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
     with torch.no_grad():
         exit_logits = loaded(**batch).exit_logits
         assert torch.equal(exit_logits, model(**batch).exit_logits)
