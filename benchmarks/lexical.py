@@ -229,7 +229,7 @@ def cost_of_exit_0(model: Any) -> dict[str, float]:
     """What exit 0 costs as a share of a block, on 32 rows of 64 tokens."""
     ids = torch.randint(1000, 20_000, (32, 64))
     mask = torch.ones_like(ids)
-    state = model.embed(model._begin(ids, None, None, None, None))
+    state = model.embed(model.begin_padded(ids, None, None, None, None))
     block, lexical, calls = model.adapter.run_block, model.exits[0], 20
     timings = time_in_turns(
         {

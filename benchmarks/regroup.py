@@ -47,9 +47,10 @@ class Scripted(BadgeForSequenceClassification):
     cells = 0  # rows x columns that blocks have run on, padding included
     block_runs = 0
 
-    def _begin(self, input_ids: Any, *arguments: Any, **fields: Any) -> BlockState:
+    def begin_padded(self, input_ids: Any, *arguments: Any, **fields: Any) -> BlockState:
+        """The rows, with their depths."""
         depth = (input_ids[:, :1] - FIRST_DEPTH_ID).to(self.dtype)
-        return replace(super()._begin(input_ids, *arguments, **fields), lexical_logits=depth)
+        return replace(super().begin_padded(input_ids, *arguments, **fields), lexical_logits=depth)
 
     def run_block(self, layer: int, state: BlockState) -> BlockState:
         """A block, counted."""

@@ -32,7 +32,7 @@ def largest_difference(model, batch, rows=None, columns=None):
     with torch.no_grad():
         reference = model.encoder(**batch, output_hidden_states=True).hidden_states
         mask = batch["attention_mask"].bool()
-        state = model.embed(model._begin(batch["input_ids"], batch["attention_mask"], None, None, None))
+        state = model.embed(model.begin_padded(batch["input_ids"], batch["attention_mask"], None, None, None))
         state = model.compact(state, rows, columns, padded=True)
         worst = 0.0
         for layer in range(1, model.config.num_hidden_layers + 1):
