@@ -12,7 +12,7 @@ from transformers_badge.training.fine_tune import make_trainer, tokenize
 
 
 TRAIN, HELD_OUT = slice(0, 640), slice(640, 940)
-MAX_TOKENS = 48
+MAX_TOKENS = 32
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from tiny import pad, random_rows, tiny_classifier, tiny_model
+from tiny import FAMILIES, pad, random_rows, tiny_classifier, tiny_model
 from transformers_badge import BadgeForSequenceClassification
 
 
@@ -108,28 +108,37 @@ print(json.dumps({
     assert with_package.early_exit_predict(**BATCH).exit_layer.tolist() == answer["again"]
 
 
-def test_a_converted_classifier_loads_in_a_fresh_process(tmp_path, family):
-    source = tiny_classifier(family)
-    source.save_pretrained(tmp_path / "source")
-    model = BadgeForSequenceClassification.from_classifier(tmp_path / "source")
-    model.save_pretrained(tmp_path / "badge")
+def test_converted_classifiers_load_in_a_fresh_process(tmp_path):
+    sources = {family: tiny_classifier(family) for family in FAMILIES}
+    models = {}
+    for family, source in sources.items():
+        source.save_pretrained(tmp_path / "source" / family)
+        models[family] = BadgeForSequenceClassification.from_classifier(tmp_path / "source" / family)
+        models[family].save_pretrained(tmp_path / family)
     torch.save(BATCH, tmp_path / "batch.pt")
-    answer = in_a_fresh_process(
+    answers = in_a_fresh_process(
         """
-model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1] + "/badge", trust_remote_code=True)
-with torch.no_grad():
-    output = model(**torch.load(sys.argv[1] + "/batch.pt"))
-print(json.dumps({
-    "logits": output.logits.tolist(), "exits": output.exit_logits.tolist(),
-    "trained": sorted({name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}),
-}))
+folder, *families = sys.argv[1:]
+answers = {}
+for family in families:
+    model = AutoModelForSequenceClassification.from_pretrained(f"{folder}/{family}", trust_remote_code=True)
+    with torch.no_grad():
+        output = model(**torch.load(folder + "/batch.pt"))
+    answers[family] = {
+        "logits": output.logits.tolist(), "exits": output.exit_logits.tolist(),
+        "trained": sorted({name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}),
+    }
+print(json.dumps(answers))
 """,
         tmp_path,
+        *FAMILIES,
     )
-    with torch.no_grad():
-        assert torch.allclose(torch.tensor(answer["logits"]), source(**BATCH).logits, atol=1e-6)
-        assert torch.allclose(torch.tensor(answer["exits"]), model(**BATCH).exit_logits, atol=1e-6)
-    assert answer["trained"] == ["bypasses", "exits"]
+    for family, answer in answers.items():
+        with torch.no_grad():
+            assert torch.allclose(torch.tensor(answer["logits"]), sources[family](**BATCH).logits, atol=1e-6)
+            assert torch.allclose(torch.tensor(answer["exits"]), models[family](**BATCH).exit_logits, atol=1e-6)
+        assert answer["trained"] == ["bypasses", "exits"]
+    assert set(answers) == set(FAMILIES)
 
 
 def imports_of(file):

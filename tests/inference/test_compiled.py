@@ -47,14 +47,14 @@ def test_every_family_is_one_graph_a_stage_for_all_shapes(every_family):
 def test_many_models_in_one_process_are_all_compiled():
     exits = [1, 2, 3, 4]
     # Models of the same sizes would share their graphs.
-    models = [tiny_model("bert", exit_layers=exits, encoder={"intermediate_size": 40 + i}) for i in range(3)]
+    models = [tiny_model("bert", exit_layers=exits, encoder={"intermediate_size": 40 + i}) for i in range(2)]
     stages = [CompiledStages(model, backend="eager").compile() for model in models]
     batch = pad(random_rows(LENGTHS))
     with torch.compiler.set_stance("fail_on_recompile"):
         for model, compiled in zip(models, stages, strict=True):
             exit_logits, _ = predict(compiled, batch, ExitPolicy(), model.num_labels)
             np.testing.assert_allclose(exit_logits, model(**batch).exit_logits.detach().numpy(), atol=1e-5)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3 * 2 * len(exits)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2 * 2 * len(exits)
 
 
 def test_the_test_for_recompiling_sees_it():
