@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from plain_classifier import fine_tune_plainly
 from transformers_badge import BadgeForSequenceClassification, ExitPolicy, ExitTable, convert_classifier
-from transformers_badge.calibration.fitting import Goal, fit_rule
+from transformers_badge.calibration.fitting import Goal, deep_enough, fit_rule
 from transformers_badge.calibration.replay import agreement, correctness, score_exits, take_exits
 from transformers_badge.demo.sources import encoder_path, read_ratings, read_reviews
 from transformers_badge.evaluation.curves import (
@@ -152,8 +152,10 @@ def compare(table: ExitTable) -> dict[str, Any]:
             scored = {name: (values[calibrating], values[testing]) for name, values in scores.items()}
             for name, goal in LEARNED.items():
                 rule = ExitPolicy(criterion="learned", rule=fit_rule(learn, goal=goal))
-                # The threshold is chosen on scores of rows that the rule was not fitted to.
-                cross_fitted = cross_fitted_scores(learn, seed, goal)
+                # The threshold is chosen on scores of rows that the rule was not fitted to, but how deep is enough does
+                # not change with the half.
+                enough = deep_enough(learn) if goal == "labelled_regret" else None
+                cross_fitted = cross_fitted_scores(learn, seed, goal, enough)
                 scored[name] = cross_fitted, score_exits(test, rule)
             right, same = correctness(test).astype(np.float64), agreement(test).astype(np.float64)
             rows = np.arange(len(test))

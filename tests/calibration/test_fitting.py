@@ -10,7 +10,7 @@ from test_replay import SEVERAL, made_up, made_up_several
 
 from transformers_badge import ExitPolicy
 from transformers_badge.calibration.fitting import expected_correctness, fit_rule, fit_temperatures
-from transformers_badge.calibration.replay import agreement, answers, at_exits, correctness, score_exits
+from transformers_badge.calibration.replay import agreement, answers, at_exits, correctness, replay, score_exits
 from transformers_badge.exit_table import ExitTable
 from transformers_badge.model.criteria_badge import exit_probabilities
 from transformers_badge.model.exit_rule_badge import FEATURES, rule_features, rule_scores
@@ -140,10 +140,10 @@ def test_a_rule_for_disagreement_minds_other_answers_though_the_last_exit_is_tor
 
 @pytest.mark.parametrize("make", [made_up, made_up_several])
 def test_labels_teach_a_rule_what_a_bad_last_exit_cannot(make):
-    """The last exit is made worse than the third: the rule of the labels tells wrong answers better than its own."""
+    """The last exit is made worse than the others: the rule of the labels tells wrong answers better than its own."""
 
     def spoiled(seed):
-        table, generator = make(2000, 4, seed=seed), np.random.default_rng(seed)
+        table, generator = make(2000, 5, seed=seed), np.random.default_rng(seed)
         noise = generator.normal(0, 6, table.exit_logits[:, -1].shape)
         return replace(table, exit_logits=np.concatenate([table.exit_logits[:, :-1], (noise)[:, None]], axis=1))
 
@@ -161,6 +161,42 @@ def test_labels_teach_a_rule_what_a_bad_last_exit_cannot(make):
     assert tells_wrong(fit_rule(shuffled, goal="labelled_regret"), others) < tells_wrong(labelled, others) - 0.05
     with pytest.raises(ValueError, match="The exit table has no labels"):
         fit_rule(replace(table, labels=None), goal="labelled_regret")
+
+
+def with_wrong(shares, rows=1000, seed=0):
+    """Exits that are wrong on so many of the rows, each on rows of its own, and sure of themselves all the same."""
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(0, 2, rows)
+    says = np.repeat(labels[:, None], len(shares), axis=1)
+    start = 0
+    for index, share in enumerate(shares):
+        wrong = slice(start, start + round(share * rows))
+        says[wrong, index] = 1 - labels[wrong]
+        start = wrong.stop
+    logits = np.eye(2)[says] * generator.uniform(1, 4, (rows, 1, 1))
+    return ExitTable(exit_logits=logits, exit_layers=tuple(range(1, len(shares) + 1)), labels=labels)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "rows", "deepest"),
+    [
+        ((0.20, 0.05, 0.00, 0.10), 1000, 2),  # the second is better than the last, and the third is better still
+        ((0.20, 0.05, 0.06, 0.10), 1000, 1),
+        ((0.20, 0.10, 0.09, 0.10), 1000, 3),  # the third too, but no more than by chance
+        ((0.20, 0.10, 0.00, 0.00), 1000, 2),  # right on the very same rows
+        ((0.20, 0.05, 0.06, 0.10), 100, 3),  # too few rows to tell
+    ],
+)
+def test_nobody_goes_past_an_exit_that_labels_show_to_be_as_good_as_the_last(wrong, rows, deepest):
+    table = with_wrong(wrong, rows)
+    policy = ExitPolicy(criterion="learned", rule=fit_rule(table, goal="labelled_regret"), threshold=1e-9)
+    others = with_wrong(wrong, rows, seed=1)
+    assert replay(others, policy).max() == deepest
+    assert replay(others, replace(policy, threshold=None)).min() == 3  # nobody leaves early without a threshold
+    # the control: who is to answer as the last exit does goes on to it
+    for goal in ("regret", "disagreement"):
+        other = ExitPolicy(criterion="learned", rule=fit_rule(table, goal=goal), threshold=1e-9)
+        assert replay(others, other).max() == 3
 
 
 def test_a_rule_is_fitted_at_the_temperatures_that_it_is_for():

@@ -6,10 +6,10 @@ import numpy as np
 from scipy.optimize import minimize, minimize_scalar
 from scipy.special import expit, log_softmax, softmax
 
-from transformers_badge.calibration.replay import answers
+from transformers_badge.calibration.replay import answers, correctness
 from transformers_badge.exit_table import ExitTable
 from transformers_badge.model.criteria_badge import exit_probabilities
-from transformers_badge.model.exit_rule_badge import rule_features
+from transformers_badge.model.exit_rule_badge import FEATURES, rule_features
 
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -22,10 +22,16 @@ _TEMPERATURES = (0.05, 20.0)
 # departs from it (its constant may depart further). Chosen on exit tables of 400 to 2,000 rows.
 _SHARED, _DEPARTURE, _CONSTANT = 1.0, 10.0, 1.0
 _POOL_PENALTY = 1e-3  # of the squared weights of exits in the pool, beside the mean log loss
+# When an exit is taken to be as good as the last: one-sided at 5 %, and no fewer rows.
+_STANDARD_ERRORS, _ROWS_TO_COMPARE = 1.645, 200
+_NOTHING_LOST = (*(0.0 for _ in FEATURES), -30.0)  # the weights of an exit where everyone may leave
 
 
 def fit_rule(
-    table: ExitTable, temperature: float | tuple[float, ...] | None = None, goal: Goal = "regret"
+    table: ExitTable,
+    temperature: float | tuple[float, ...] | None = None,
+    goal: Goal = "regret",
+    enough: int | None = None,
 ) -> tuple[tuple[float, ...], ...]:
     """Fit the learned criterion: at every exit but the last a logistic regression on the features of the exits so far.
 
@@ -39,7 +45,9 @@ def fit_rule(
         goal: what is predicted. `"regret"`: that of the last exit. `"disagreement"`: the mean of whether the last exit
             answers otherwise and of its regret, which is less noisy; best where answers are to be those of the last
             exit. `"labelled_regret"`, best where they are to be right: the teacher is the mean of the last exit and of
-            all exits together, weighted as the labels teach (see `expected_correctness`). The others need no labels.
+            all exits together, weighted as the labels teach (see `expected_correctness`); and where the labels show an
+            exit to be as good as the last, nobody goes past it (see `deep_enough`). The others need no labels.
+        enough: the index of an exit that nobody is to go past, where more rows than these have shown it.
 
     Returns:
         `ExitPolicy.rule`: (exits - 1, features + 1).
@@ -72,7 +80,29 @@ def fit_rule(
         fitted = _logistic(part, aim, shared, _DEPARTURE, _CONSTANT)
         weights = fitted[:-1] / spread
         rule.append((*map(float, weights), float(fitted[-1] - weights @ center)))
+    if enough is None and goal == "labelled_regret":
+        enough = deep_enough(table)
+    if enough is not None:
+        rule[enough:] = [_NOTHING_LOST] * len(rule[enough:])
     return tuple(rule)
+
+
+def deep_enough(table: ExitTable) -> int:
+    """The exit that is right most often, of the last and those that the labels show to be as good.
+
+    These are right more often than the last, by more than chance, or on the very same rows. By McNemar's test: of rows
+    that one of two has right and the other wrong, chance gives each as many. Source: Q. McNemar, "Note on the sampling
+    error of the difference between correlated proportions or percentages", Psychometrika 1947.
+
+    Returns:
+        Its index; of the last where there are too few rows to tell.
+    """
+    right = correctness(table)
+    better, worse = (right & ~right[:, -1:]).sum(axis=0), (~right & right[:, -1:]).sum(axis=0)
+    as_good = better - worse >= _STANDARD_ERRORS * np.sqrt(better + worse)
+    if len(table) < _ROWS_TO_COMPARE:
+        as_good[:-1] = False
+    return int(np.where(as_good, right.sum(axis=0), -1).argmax())
 
 
 def _logistic(inputs: Array, goal: Array, prior: Array, penalty: float, penalty_constant: float) -> Array:

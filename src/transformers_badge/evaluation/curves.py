@@ -39,16 +39,16 @@ def compared_policies(exits: int) -> dict[str, ExitPolicy]:
     return {name: ExitPolicy.of({"criterion": name, **fields}) for name, fields in dials.items()}
 
 
-def cross_fitted_scores(table: ExitTable, seed: int = 0, goal: Goal = "regret") -> Array:
+def cross_fitted_scores(table: ExitTable, seed: int = 0, goal: Goal = "regret", enough: int | None = None) -> Array:
     """Scores of the learned criterion, (rows, exits), each row's by a rule that was fitted to the other half.
 
     Args:
-        goal: as in `fit_rule`.
+        goal, enough: as in `fit_rule`.
     """
     half = np.random.default_rng(seed).permutation(len(table)) % 2 == 0
     scores = np.empty(table.exit_logits.shape[:2])
     for part in (half, ~half):
-        rule = fit_rule(table.select(~part), goal=goal)
+        rule = fit_rule(table.select(~part), goal=goal, enough=enough)
         scores[part] = score_exits(table.select(part), ExitPolicy(criterion="learned", rule=rule))
     return scores
 
