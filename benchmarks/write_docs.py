@@ -121,7 +121,7 @@ def write_readme(demo: dict[str, Any], convert: dict[str, Any]) -> None:
             "(Our pipeline sorts a list by length and tokenizes many texts at once: that is what it gains if nobody leaves.)",
             "",
             f"A plainly fine-tuned MiniLM, converted in {converted['minutes']} minutes with {convert['rows']['texts']} texts and no labels, leaves {100 * converted['early_exit']['agreement']:.1f} % of its answers on "
-            f"{convert['rows']['test']} other texts unchanged: {converted['early_exit']['layer_speedup']:.2f}x in layers, and in seconds, over its own pipeline before:",
+            f"{convert['rows']['test']} other texts unchanged: {converted['early_exit']['layer_speedup']:.2f}x in layers, and in seconds, over the pipeline that it had:",
             "",
             "| | pipeline over pipeline | the same, if nobody leaves | exported to ONNX Runtime, fp32 |",
             "|---|---|---|---|",
@@ -129,6 +129,8 @@ def write_readme(demo: dict[str, Any], convert: dict[str, Any]) -> None:
                 f"| {how_given(entry)} | **{ratio(entry['pipeline'])}** | {ratio(entry['if_nobody_leaves'])} | **{ratio(entry['onnxruntime_fp32'])}** |"
                 for entry in converted["over_the_sources_pipeline"]
             ],
+            "",
+            "(What of the last column is the engine's own doing, [Engines](docs/engines.md#what-it-is-worth) tells for the first model.)",
             "",
             f"Measured on {machine(demo)}; [all figures](docs/benchmarks.md).",
         ]
