@@ -187,7 +187,7 @@ def _time(
         streamed = f"stream, {engine}"
         for base in (PIPELINE, f"full, {engine}", f"truncated, {engine}", f"deeper, {engine}"):
             ratios[f"{ours} over {base}"] = timings.speedup(ours, base)
-        for base in (f"full, {engine}", ours):
+        for base in (PIPELINE, f"full, {engine}", ours):
             ratios[f"{streamed} over {base}"] = timings.speedup(streamed, base)
         ratios[f"cost of exits, {engine}"] = timings.speedup(f"full, {engine}", f"nobody leaves, {engine}")
         for name in (ours, streamed):
