@@ -186,7 +186,7 @@ speedups from 1x to 6x.
 So it is what `calibrate`, `convert`, `train` and the demo use. A few hundred rows are enough for it. It is taught by their labels where `calibrate` is asked about errors and has rows that were not trained on; or
 else by the last exit, without labels ({np.mean(unlabelled):.3f} times, taught for a bound on disagreement). With two classes entropy, maximum probability and margin order rows alike.
 It loses less, on average, than everyone leaving at the same depth: on the models without exit 0 {behind_fixed_depth(record, ["taught", "converted"])}; on all models {behind_fixed_depth(record, list(GROUPS))}.
-(On some of them an exit before the last is a little better than the last. Where labels show it, the rule lets nobody go past it; often some hundred rows do not.)
+(On some of them an exit before the last is a little better than the last. Where labels show it, the rule lets nobody go past it; often some hundred rows do not. How sure they have to be was chosen on these same tables.)
 
 The learned rule's speedup, and its ratio to entropy's, by the kind of model:
 
