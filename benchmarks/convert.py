@@ -11,7 +11,6 @@ import argparse
 import json
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from plain_classifier import fine_tune_plainly
 from transformers_badge import BadgeForSequenceClassification, BadgePredictor, export_onnx, make_exit_table
 from transformers_badge.calibration.replay import agreement, answers, correctness
 from transformers_badge.demo.sources import read_reviews
-from transformers_badge.evaluation.timing import describe_machine, time_in_turns
+from transformers_badge.evaluation.timing import classifying, describe_machine, time_in_turns
 from transformers_badge.inference.predict import predict_texts
 from transformers_badge.training.convert import convert_classifier
 from transformers_badge.training.fine_tune import make_trainer, tokenize
@@ -76,19 +75,14 @@ def time_pipelines(folder: Path, source: Path, texts: list[str]) -> list[dict[st
     exported = BadgePredictor.from_pretrained(export_onnx(model, tokenizer, folder / "onnxruntime-fp32"))
     converted = pipeline("text-classification", model=str(folder), trust_remote_code=True, truncation=True)
     original = pipeline("text-classification", model=str(source), truncation=True)
-
-    def answer(classify: Any, calls: list[Any], batch_size: int, **policy: Any) -> None:
-        for call in calls:
-            classify(call, batch_size=batch_size, **policy)
-
     found = []
     for batch_size, rows in TIMED_ROWS.items():
-        calls: list[Any] = [texts[:rows]] if batch_size > 1 else texts[:rows]
+        timed = texts[:rows]
         contenders = {
-            "source": partial(answer, original, calls, batch_size),
-            "pipeline": partial(answer, converted, calls, batch_size),
-            "if_nobody_leaves": partial(answer, converted, calls, batch_size, threshold=None),
-            "onnxruntime_fp32": partial(answer, exported, calls, batch_size),
+            "source": classifying(original, timed, batch_size),
+            "pipeline": classifying(converted, timed, batch_size),
+            "if_nobody_leaves": classifying(converted, timed, batch_size, threshold=None),
+            "onnxruntime_fp32": classifying(exported, timed, batch_size),
         }
         timings = time_in_turns(contenders, ROUNDS)
         speedups = {name: timings.speedup(name, "source") for name in contenders if name != "source"}

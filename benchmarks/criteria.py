@@ -151,11 +151,11 @@ def compare(table: ExitTable) -> dict[str, Any]:
             learn, test = table.select(calibrating), table.select(testing)
             scored = {name: (values[calibrating], values[testing]) for name, values in scores.items()}
             for name, goal in LEARNED.items():
-                rule = ExitPolicy(criterion="learned", rule=fit_rule(learn, goal=goal))
                 # The threshold is chosen on scores of rows that the rule was not fitted to, but how deep is enough does
                 # not change with the half.
                 enough = deep_enough(learn) if goal == "labelled_regret" else None
                 cross_fitted = cross_fitted_scores(learn, seed, goal, enough)
+                rule = ExitPolicy(criterion="learned", rule=fit_rule(learn, goal=goal, enough=enough))
                 scored[name] = cross_fitted, score_exits(test, rule)
             right, same = correctness(test).astype(np.float64), agreement(test).astype(np.float64)
             rows = np.arange(len(test))

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers_badge.evaluation.benchmark_report import ENGINE_NAMES, ratios, render_benchmark, title_of
 from transformers_badge.evaluation.plots import plot_engines
+from transformers_badge.evaluation.timing import with_spread
 
 
 def write_engines(
@@ -73,11 +74,7 @@ def _bf16(record: dict[str, Any], machine: Callable[[dict[str, Any]], str]) -> s
         cells = [f"{by_size['milliseconds_per_row'][name]:.2f}" for by_size in sizes.values()]
         lines.append(f"| {title_of(name)}, ms per row | {' | '.join(cells)} |")
     for name, title in ratios(record):
-        found = [by_size["ratios"][name] for by_size in sizes.values()]
-        cells = [
-            f"{r['median']:.2f}" + (f"x ({r['min']:.2f} to {r['max']:.2f})" if r["min"] < r["max"] else "")
-            for r in found
-        ]
+        cells = [with_spread(by_size["ratios"][name]) for by_size in sizes.values()]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return (
         f"`python benchmarks/engines.py demo-output/checkpoint --calibration-rows 2000 --engine bf16`, on {machine(record)}: {entry['full_depth']:.2f} % at full depth, {entry['early_exit']:.2f} % with early exit, {entry['layer_speedup']:.2f}x in layers.\n\n"
@@ -100,7 +97,7 @@ def _pruning(record: dict[str, Any], machine: Callable[[dict[str, Any]], str]) -
                 entry["over_full_whole"][f"{name}, {engine}"]
                 for name in ("early exit, whole", "full, pruned", "early exit, pruned")
             )
-            cells = [f"{v['median']:.2f}x ({v['min']:.2f} to {v['max']:.2f})" for v in (exits, narrow, both)]
+            cells = [with_spread(speedup) for speedup in (exits, narrow, both)]
             product = f"{exits['median'] * narrow['median']:.2f}x"
             lines.append(f"| {' | '.join([size, ENGINE_NAMES[engine], *cells, product])} |")
     return (

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from transformers_badge.evaluation.report import markdown_table
+from transformers_badge.evaluation.timing import with_spread
 
 
 def of_task(record: dict[str, Any], data: str, recipe: str) -> list[dict[str, Any]]:
@@ -106,9 +107,9 @@ def time_rows(record: dict[str, Any], blocks: int) -> list[list[str]]:
                 str(entry["batch_size"]),
                 f"{100 * entry['left_at_exit_0']:.0f} %",
                 f"{layers:.2f}x",
-                f"{over['median']:.2f}x ({over['min']:.2f} to {over['max']:.2f})",
+                with_spread(over),
                 f"{over['median'] / layers:.2f}",
-                "{median:.2f}x ({min:.2f} to {max:.2f})".format(**entry["speedup_over_transformers"]),
+                with_spread(entry["speedup_over_transformers"]),
                 f"{100 * seconds['tokenization'] / seconds['early_exit']:.0f} %",
                 f"{100 * (seconds['exit_0'] - seconds['tokenization']) / seconds['early_exit']:.0f} %",
             ]

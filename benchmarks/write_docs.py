@@ -32,6 +32,7 @@ from criteria_docs import write_criteria
 from engines_docs import write_engines
 from lexical_docs import write_exit_zero
 from transformers_badge.evaluation.plots import plot_tradeoff
+from transformers_badge.evaluation.timing import with_spread
 
 
 ROOT = Path(__file__).parents[1]
@@ -47,11 +48,6 @@ def load(name: str) -> dict[str, Any]:
 def percent(value: float) -> str:
     """A share as a percentage."""
     return f"{100 * value:.1f} %"
-
-
-def ratio(values: dict[str, float]) -> str:
-    """A median with its spread."""
-    return f"{values['median']:.2f}x ({values['min']:.2f} to {values['max']:.2f})"
 
 
 def machine(record: dict[str, Any]) -> str:
@@ -91,7 +87,7 @@ def timing_table(record: dict[str, Any]) -> list[str]:
     for entry in record["timing"]:
         lines.append(
             f"| {entry['batch_size']} | {entry['rows']} | {entry['layer_speedup']:.2f}x | "
-            f"{ratio(entry['speedup_over_full_depth'])} | {ratio(entry['speedup_over_transformers'])} | {ratio(entry['speedup_of_pipeline'])} | {ratio(entry['speedup_if_nobody_leaves'])} |"
+            f"{with_spread(entry['speedup_over_full_depth'])} | {with_spread(entry['speedup_over_transformers'])} | {with_spread(entry['speedup_of_pipeline'])} | {with_spread(entry['speedup_if_nobody_leaves'])} |"
         )
     return lines
 
@@ -113,8 +109,8 @@ def write_readme(demo: dict[str, Any], convert: dict[str, Any]) -> None:
             "| | pipeline over pipeline | the same, if nobody leaves | `early_exit_predict` over the plain model |",
             "|---|---|---|---|",
             *[
-                f"| {how_given(entry)} | **{ratio(entry['speedup_of_pipeline'])}** | "
-                f"{ratio(entry['speedup_if_nobody_leaves'])} | {ratio(entry['speedup_over_transformers'])} |"
+                f"| {how_given(entry)} | **{with_spread(entry['speedup_of_pipeline'])}** | "
+                f"{with_spread(entry['speedup_if_nobody_leaves'])} | {with_spread(entry['speedup_over_transformers'])} |"
                 for entry in demo["timing"]
             ],
             "",
@@ -126,7 +122,7 @@ def write_readme(demo: dict[str, Any], convert: dict[str, Any]) -> None:
             "| | pipeline over pipeline | the same, if nobody leaves | exported to ONNX Runtime, fp32 |",
             "|---|---|---|---|",
             *[
-                f"| {how_given(entry)} | **{ratio(entry['pipeline'])}** | {ratio(entry['if_nobody_leaves'])} | **{ratio(entry['onnxruntime_fp32'])}** |"
+                f"| {how_given(entry)} | **{with_spread(entry['pipeline'])}** | {with_spread(entry['if_nobody_leaves'])} | **{with_spread(entry['onnxruntime_fp32'])}** |"
                 for entry in converted["over_the_sources_pipeline"]
             ],
             "",
@@ -220,12 +216,12 @@ def convert_section(record: dict[str, Any]) -> list[str]:
         ("layer speedup", lambda entry: f"{entry['early_exit']['layer_speedup']:.2f}x"),
         (
             "in seconds over the source, batches of 32, on 256 of the kept texts",
-            lambda entry: ratio(entry["wall_clock_speedup"]),
+            lambda entry: with_spread(entry["wall_clock_speedup"]),
         ),
         *[
             (
                 f"{title}, {how}",
-                lambda entry, place=place, name=name: ratio(entry["over_the_sources_pipeline"][place][name]),
+                lambda entry, place=place, name=name: with_spread(entry["over_the_sources_pipeline"][place][name]),
             )
             for place, how in enumerate(map(how_given, record["default"]["over_the_sources_pipeline"]))
             for name, title in (

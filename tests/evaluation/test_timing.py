@@ -3,7 +3,13 @@
 import pytest
 
 from transformers_badge.evaluation.plots import plot_tradeoff
-from transformers_badge.evaluation.timing import PairedTimings, describe_machine, time_in_turns
+from transformers_badge.evaluation.timing import (
+    PairedTimings,
+    classifying,
+    describe_machine,
+    time_in_turns,
+    with_spread,
+)
 
 
 def test_contenders_take_turns_and_warmups_do_not_count():
@@ -41,3 +47,23 @@ def test_the_picture_is_drawn(tmp_path):
     with pytest.raises(KeyError):
         plot_tradeoff({}, tmp_path / "other.png")
     assert not (tmp_path / "other.png").exists()
+
+
+def test_a_speedup_is_told_with_its_spread_if_it_has_one():
+    assert with_spread({"median": 3.257, "min": 3.1, "max": 3.78}) == "3.26x (3.10 to 3.78)"
+    assert with_spread({"median": 0.9, "min": 0.9, "max": 0.9}) == "0.90"
+
+
+def test_a_pipeline_is_given_the_list_or_one_text_at_a_time():
+    given = []
+
+    def classify(texts, **settings):
+        given.append((texts, settings))
+
+    classifying(classify, ["a", "b"], 8, threshold=None)()
+    classifying(classify, ["a", "b"], 1)()
+    assert given == [
+        (["a", "b"], {"batch_size": 8, "threshold": None}),
+        ("a", {"batch_size": 1}),
+        ("b", {"batch_size": 1}),
+    ]

@@ -48,6 +48,7 @@ def convert(
     from transformers import AutoConfig
 
     from transformers_badge.cli.train import parse_depths
+    from transformers_badge.evaluation.timing import with_spread
     from transformers_badge.training.convert import convert_classifier, texts_needed
     from transformers_badge.training.data import class_indices, load_table, text_columns
 
@@ -88,12 +89,11 @@ def convert(
     console.print(exits)
     console.print(report["policy"]["certificate"]["summary"])
     if report["policy"]["threshold"] is not None:
-        wall = report["wall_clock_speedup"]
         console.print(
             f"On {rows['reported']} other texts, neither trained on nor used for the threshold: "
             f"{report['disagreement']:.2%} of the answers differ from full depth; mean exit layer "
             f"{report['mean_exit_layer']:.2f} of {report['exit_layers'][-1]}, a layer speedup of "
-            f"{report['layer_speedup']:.2f}x; in seconds {wall['median']:.2f}x ({wall['min']:.2f} to "
-            f"{wall['max']:.2f}) over the source, in batches of 32."
+            f"{report['layer_speedup']:.2f}x; in seconds {with_spread(report['wall_clock_speedup'])} "
+            "over the source, in batches of 32."
         )
     console.print(f"Saved {output_dir}; predict with: transformers-badge predict {output_dir} FILE --output OUT.jsonl")

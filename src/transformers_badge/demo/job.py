@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -219,7 +220,7 @@ def _measure(model: Any, tokenizer: Any, texts: list[str], report: dict[str, Any
     from tqdm.auto import tqdm
     from transformers import BertForSequenceClassification, TextClassificationPipeline
 
-    from transformers_badge.evaluation.timing import time_in_turns
+    from transformers_badge.evaluation.timing import classifying, time_in_turns
     from transformers_badge.inference.exit_logits import LEXICAL_COST
     from transformers_badge.model.pipeline_badge import BadgeTextClassificationPipeline
 
@@ -237,20 +238,19 @@ def _measure(model: Any, tokenizer: Any, texts: list[str], report: dict[str, Any
             for i in range(0, len(timed), batch_size)
         ]
         with torch.no_grad(), tqdm(total=rounds, desc=f"batch size {batch_size}", unit="round") as bar:
-            calls = [timed] if batch_size > 1 else timed
-            contenders = {
+            contenders: dict[str, Callable[[], Any]] = {
                 "early_exit": partial(_predict, model.early_exit_predict, batches),
                 "full_depth": partial(_predict, model, batches),
                 "transformers": partial(_predict, plain, batches),
-                "pipeline": partial(_classify, ours, calls, batch_size),
-                "pipeline_nobody_leaves": partial(_classify, ours, calls, batch_size, threshold=None),
-                "transformers_pipeline": partial(_classify, theirs, calls, batch_size),
+                "pipeline": classifying(ours, timed, batch_size),
+                "pipeline_nobody_leaves": classifying(ours, timed, batch_size, threshold=None),
+                "transformers_pipeline": classifying(theirs, timed, batch_size),
             }
             # One pass over everything warms all of it up, and tells the layers of the rows that are timed.
             layers = torch.cat([model.early_exit_predict(**batch).exit_layer for batch in batches]).double()
             plain(**batches[0])
-            _classify(ours, timed[:1], 1)
-            _classify(theirs, timed[:1], 1)
+            ours(timed[0])
+            theirs(timed[0])
             timings = time_in_turns(contenders, rounds, warmups=0, on_round=bar.update)
         report["timing"].append(
             {
@@ -274,10 +274,6 @@ def _predict(predict: Any, batches: list[Any]) -> list[Any]:
     return [predict(**batch) for batch in batches]
 
 
-def _classify(classify: Any, calls: list[Any], batch_size: int, **policy: Any) -> list[Any]:
-    return [classify(call, batch_size=batch_size, **policy) for call in calls]
-
-
 def _load_anew(checkpoint: Path) -> list[dict[str, Any]]:
     """The examples as answered by a fresh process, through AutoModel and pipeline."""
     done = subprocess.run(
@@ -293,6 +289,8 @@ def _load_anew(checkpoint: Path) -> list[dict[str, Any]]:
 
 def _print_report(console: Any, report: dict[str, Any], output_dir: Path) -> None:
     from rich.table import Table
+
+    from transformers_badge.evaluation.timing import with_spread
 
     full, early, blocks = report["full_depth"], report["early_exit"], report["exit_layers"][-1]
     console.rule("Result")
@@ -316,7 +314,7 @@ def _print_report(console: Any, report: dict[str, Any], output_dir: Path) -> Non
         ("pipeline over transformers' pipeline", "speedup_of_pipeline"),
         ("the same, if nobody leaves", "speedup_if_nobody_leaves"),
     ):
-        table.add_row(title, *["{median:.2f}x ({min:.2f} to {max:.2f})".format(**entry[name]) for entry in timing])
+        table.add_row(title, *[with_spread(entry[name]) for entry in timing])
     table.add_row("layer speedup of these rows", *[f"{entry['layer_speedup']:.2f}x" for entry in timing])
     console.print(table)
     table = Table("text", "label", "score", "left after block", "words that decided it")

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers_badge.evaluation.benchmark import MEMORY_KINDS, PIPELINE
 from transformers_badge.evaluation.plots import plot_engines
+from transformers_badge.evaluation.timing import with_spread
 
 
 ENGINE_NAMES = {
@@ -80,7 +81,8 @@ def render_benchmark(record: dict[str, Any]) -> str:
             f"Ratios, medians of {record['rounds']} rounds in turns, with the least and the greatest. In the ideal "
             "time every row pays for the stages that it needs alone, at their cost per row in full batches:",
             _by_size(
-                sizes, {title: [_ratio(entry["ratios"][name]) for entry in by_size] for name, title in ratios(record)}
+                sizes,
+                {title: [with_spread(entry["ratios"][name]) for entry in by_size] for name, title in ratios(record)},
             ),
             "Milliseconds of a batch, median and 99th percentile:",
             _by_size(
@@ -156,9 +158,3 @@ def _by_size(sizes: list[str], rows: dict[str, list[str]], title: str = "") -> s
 def _table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _ratio(values: dict[str, float]) -> str:
-    if values["min"] == values["max"]:
-        return f"{values['median']:.2f}"
-    return f"{values['median']:.2f}x ({values['min']:.2f} to {values['max']:.2f})"

@@ -5,7 +5,7 @@ them. And what a measurement is read with: the machine, and memory.
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,21 @@ class PairedTimings:
         """How many times faster a contender is than another: median, minimum and maximum of the rounds' own ratios."""
         ratios = [b / a for a, b in zip(self.seconds[name], self.seconds[over], strict=True)]
         return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+
+
+def with_spread(speedup: Mapping[str, float]) -> str:
+    """A speedup in words: its median, then its least and greatest. A figure that has no spread stands alone."""
+    if speedup["min"] == speedup["max"]:
+        return f"{speedup['median']:.2f}"
+    return "{median:.2f}x ({min:.2f} to {max:.2f})".format(**speedup)
+
+
+def classifying(
+    classify: Callable[..., Any], texts: Sequence[Any], batch_size: int, **policy: Any
+) -> Callable[[], Any]:
+    """A contender for `time_in_turns`: a pipeline given a list of texts or, at batch size 1, one text at a time."""
+    calls = [texts] if batch_size > 1 else texts
+    return lambda: [classify(call, batch_size=batch_size, **policy) for call in calls]
 
 
 def time_in_turns(
