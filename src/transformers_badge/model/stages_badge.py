@@ -142,9 +142,6 @@ class BadgeStages:
         mask = keep(state.attention_mask) if padded else None
         positions = state.position_ids
         positions = keep(positions, shared=positions is not None and len(positions) == 1)
-        arguments = {}
-        if hidden_states is not None:
-            arguments = self.adapter.block_arguments(self.encoder, hidden_states, mask, positions)
         return BlockState(
             {name: keep(value) for name, value in state.inputs.items()},
             mask,
@@ -153,7 +150,7 @@ class BadgeStages:
             hidden_states,
             keep(state.bypass_state, pooled=self.config.bypass_reads == "pooled"),
             None,
-            arguments,
+            self._block_arguments(hidden_states, mask, positions),
         )
 
     def merge(self, states: list[BlockState], masks: list[Any]) -> tuple[BlockState, Any]:
@@ -177,9 +174,6 @@ class BadgeStages:
         # Positions count from column 0 in every row that `begin` began: those of one of the widest hold for all.
         positions = next(state.position_ids for state, m in zip(states, masks, strict=True) if m.shape[1] == width)
         positions = None if positions is None else positions[:1]
-        arguments = {}
-        if hidden_states is not None:
-            arguments = self.adapter.block_arguments(self.encoder, hidden_states, attention_mask, positions)
         merged = BlockState(
             {
                 name: join([state.inputs[name] for state in states], self.padding_id if name == "input_ids" else 0)
@@ -191,7 +185,7 @@ class BadgeStages:
             hidden_states,
             join([state.bypass_state for state in states], pooled=self.config.bypass_reads == "pooled"),
             None,
-            arguments,
+            self._block_arguments(hidden_states, attention_mask, positions),
         )
         return merged, mask
 
@@ -210,6 +204,12 @@ class BadgeStages:
     def _attention_mask(self, mask: Any) -> Tensor | None:
         """(rows, tokens), int64, of a mask in numpy; `None` where nothing is padded."""
         return None if mask.all() else torch.from_numpy(mask).to(self.device, torch.long)
+
+    def _block_arguments(self, hidden_states: Tensor | None, mask: Tensor | None, positions: Tensor | None) -> Any:
+        """What every block of these rows takes; nothing before they are embedded."""
+        if hidden_states is None:
+            return {}
+        return self.adapter.block_arguments(self.encoder, hidden_states, mask, positions)
 
     def _bypass(self, layer: int, reading: Tensor, bypass_state: Tensor | None) -> Tensor:
         """The next bypass state, from what the bypass at this layer reads of the encoder."""
