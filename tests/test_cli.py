@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel, pipeline
 
+from tiny import exporting
 from transformers_badge import BadgeForSequenceClassification, ExitTable
 from transformers_badge.cli import main
 from transformers_badge.inference.exit_logits import LEXICAL_COST
@@ -468,6 +469,7 @@ def test_the_demo_says_so_when_no_registry_can_be_reached(tmp_path, capsys, monk
     assert "cannot be written to" in failing(capsys, "demo", "--output-dir", tmp_path / "file")
 
 
+@exporting
 def test_an_export_is_predicted_calibrated_and_evaluated_as_a_checkpoint_is(checkpoint, traffic, tmp_path, capsys):
     code, printed, err = run(capsys, "export", checkpoint)
     assert code == 0, err

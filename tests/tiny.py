@@ -4,17 +4,25 @@ import json
 from copy import deepcopy
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers.utils.import_utils import is_torch_greater_or_equal
 
 from transformers_badge import BadgeConfig, BadgeForSequenceClassification, ExitTable
+from transformers_badge.inference.onnx_export import EXPORT_TOOLS
 
 
 VOCABULARY = 100
 PAD = 1
+
+# The package itself runs with an older torch than its exports are made with.
+exporting = pytest.mark.skipif(
+    not is_torch_greater_or_equal(EXPORT_TOOLS["torch"]), reason=f"exports need torch {EXPORT_TOOLS['torch']} or newer"
+)
 
 _BERT_LIKE = {
     "hidden_size": 32,

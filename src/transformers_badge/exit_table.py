@@ -110,6 +110,7 @@ class ExitTable:
             )
         if self.labels.min() < 0 or self.labels.max() >= top:
             raise ValueError(f"labels must be in [0, {top}), got {self.labels.min()} to {self.labels.max()}.")
+        object.__setattr__(self, "labels", self.labels.astype(np.int64, copy=False))  # numpy 1 counts no unsigned ones
 
     def __len__(self) -> int:
         return len(self.exit_logits)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tiny import tiny_model, tiny_tokenizer
+from tiny import exporting, tiny_model, tiny_tokenizer
 from transformers_badge import ExitPolicy, ExitTable
 from transformers_badge.evaluation import benchmark
 from transformers_badge.evaluation.benchmark import choose_policy, ideal_milliseconds, measure_policy, profile
@@ -112,6 +112,7 @@ def test_the_ideal_of_a_round_is_set_against_the_times_of_that_round(monkeypatch
     assert entry["milliseconds_per_row"]["full, eager"] == pytest.approx(1000 * 0.015 / 4)
 
 
+@exporting
 def test_contenders_in_onnx_runtime_run(contenders, tmp_path):
     contenders.policies["fp32"] = ExitPolicy(criterion="entropy", threshold=0.6)
     for kind in ("full", "early exit", "stream"):

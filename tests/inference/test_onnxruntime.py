@@ -14,7 +14,7 @@ import pytest
 import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
-from tiny import FAMILIES, PAD, VOCABULARY, pad, random_rows, tiny_config, tiny_model, tiny_tokenizer
+from tiny import FAMILIES, PAD, VOCABULARY, exporting, pad, random_rows, tiny_config, tiny_model, tiny_tokenizer
 from transformers_badge import (
     BadgeForSequenceClassification,
     BadgePredictor,
@@ -33,6 +33,8 @@ from transformers_badge.inference.predictor import FORMAT, MANIFEST, digest_file
 from transformers_badge.inference.rowwise_int8 import quantize_rowwise
 from transformers_badge.inference.stage_modules import unused_sizes
 
+
+pytestmark = exporting
 
 LENGTHS = [1, 5, 60, 33, 12, 7, 90, 2, 3, 44] * 5
 POLICY = {"criterion": "entropy", "threshold": 0.6}
@@ -420,6 +422,13 @@ def test_an_engine_that_is_not_installed_is_named(bert_model, export, tmp_path, 
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'transformers-badge\[onnxruntime\]'"):
         BadgePredictor.from_pretrained(export)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'transformers-badge\[onnxruntime\]'"):
+        export_onnx(bert_model, tiny_tokenizer(), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_torch_that_is_too_old_for_exports_is_named(bert_model, tmp_path, monkeypatch):
+    monkeypatch.setitem(onnx_export.EXPORT_TOOLS, "torch", "99.0")
+    with pytest.raises(ModuleNotFoundError, match=r"An export needs torch 99\.0, onnx .* or newer: pip install"):
         export_onnx(bert_model, tiny_tokenizer(), tmp_path / "new")
     assert not (tmp_path / "new").exists()
 

@@ -51,7 +51,7 @@ def benchmark(
     from transformers_badge.evaluation.benchmark_report import render_benchmark, write_benchmark
     from transformers_badge.evaluation.contenders import ENGINES
     from transformers_badge.hub.checkpoint import check_checkpoint_folder
-    from transformers_badge.inference.onnx_stages import import_onnxruntime
+    from transformers_badge.inference.onnx_export import check_export_tools
     from transformers_badge.inference.predictor import BadgePredictor
     from transformers_badge.training.fine_tune import check_output_directory
 
@@ -64,7 +64,7 @@ def benchmark(
     if isinstance(model, BadgePredictor):
         raise ValueError(f"{checkpoint} is an export: give the checkpoint that it was made of.")
     if {"fp32", "int8"} & set(engines):
-        import_onnxruntime()
+        check_export_tools()
 
     def read(name: str) -> tuple[Any, Any]:
         found = read_rows(name, text_column, label_column, model)

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+from transformers.utils.versions import require_version
 
 from transformers_badge.inference.named_stages import ARGUMENTS, argument, exit_stage
 from transformers_badge.inference.onnx_stages import GRAPH, LEXICAL, RENEWED, OnnxStages, import_onnxruntime
@@ -33,7 +34,25 @@ from transformers_badge.model.outputs_badge import BlockState
 
 
 PRECISIONS = ("fp32", "int8")
+EXPORT_TOOLS = {"torch": "2.8", "onnx": "1.19", "onnxscript": "0.7"}  # older ones fail at some stage of these models
 _TOLERANCE = 1e-4  # between logits of the graphs and of the model, in fp32
+
+
+def check_export_tools() -> None:
+    """See that there is what an export takes.
+
+    Raises:
+        ModuleNotFoundError: the extra `onnxruntime` is not installed, or something is older than exports need.
+    """
+    import_onnxruntime()
+    try:
+        for name, oldest in EXPORT_TOOLS.items():
+            require_version(f"{name}>={oldest}")
+    except ImportError as error:
+        needs = ", ".join(f"{name} {oldest}" for name, oldest in EXPORT_TOOLS.items())
+        raise ModuleNotFoundError(
+            f"An export needs {needs} or newer: pip install 'transformers-badge[onnxruntime]'."
+        ) from error
 
 
 def export_onnx(
@@ -61,21 +80,18 @@ def export_onnx(
         The folder.
 
     Raises:
-        ModuleNotFoundError: the extra `onnxruntime` is not installed.
+        ModuleNotFoundError: the extra `onnxruntime` is not installed, or torch is older than exports need.
         ValueError: an unknown precision, or an encoder of which ONNX Runtime does not give the same answers.
         OSError: the folder holds something else, or cannot be written.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}.")
-    import_onnxruntime()
-    try:
-        import onnx
-        import onnxscript  # noqa: F401
+    check_export_tools()
+    import onnx
 
-        from transformers_badge.inference.onnx_join import join_stages
-        from transformers_badge.inference.rowwise_int8 import quantize_rowwise
-    except ImportError as error:
-        raise ModuleNotFoundError("An export needs more: pip install 'transformers-badge[onnxruntime]'.") from error
+    from transformers_badge.inference.onnx_join import join_stages
+    from transformers_badge.inference.rowwise_int8 import quantize_rowwise
+
     folder = Path(folder)
     if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise OSError(f"{folder} holds something that is not an export: choose another folder.")
