@@ -152,11 +152,12 @@ Much text is easy for its words alone. With `lexical_exit=True` a model has an e
 embeddings and before any block. Rows that leave there cost next to nothing; every later exit adds its logits, times a learnt gate, to its own.
 
 ```python
-from transformers_badge import BadgeForSequenceClassification, fit_lexical_exit
+from transformers_badge import BadgeForSequenceClassification, fit_lexical_exit, teach_exits
 
 model = BadgeForSequenceClassification.from_encoder("google-bert/bert-base-uncased", num_labels=2, lexical_exit=True)
-rows = fit_lexical_exit(model, tokenizer, rows)  # tokenized rows with labels; adds the column lexical_logits
-Trainer(model=model, train_dataset=rows, processing_class=tokenizer).train()
+fit_lexical_exit(model, tokenizer, rows)  # tokenized rows with labels
+Trainer(model=model, train_dataset=rows, processing_class=tokenizer).train()  # without exit 0
+teach_exits(model, tokenizer, rows)  # exit 0 joins in
 ```
 
 `transformers-badge train` and `demo` do this by themselves (`train --no-lexical-exit` leaves it out). `convert --lexical-exit` fits it to the source's answers, without labels.
@@ -169,8 +170,12 @@ Trainer(model=model, train_dataset=rows, processing_class=tokenizer).train()
   token embeddings stand behind single tokens, so that words that the training texts do not have are known too. Both end up in one table of weights: nothing of it costs anything later.
   N-grams that occur once are solved for as one per row, which changes no weight and saves much time; of more than 20,000 rows, 20,000 choose the penalty.
 - **Regularisation**, and how much the embeddings say, are chosen on held-out rows, since overconfidence at exit 0 is what hurts. The weights are then held fixed.
-- **`lexical_logits`**: on the rows that it was fitted to, exit 0 looks better than it is. `fit_lexical_exit` returns what an exit fitted to the other four fifths says of each row, and
-  `forward` takes these in training, so that gates and later exits learn what it is worth on new rows. `make_exit_table` takes them too.
+- **It joins in after the fine-tuning.** An encoder that learns from rows of which exit 0 speaks already leaves to it what it could find out itself, and all exits are the worse for it.
+  So the encoder is fine-tuned as if there were no exit 0. Then its logits are added to the last exit's as they are, for what two say who learnt apart from each other adds up, in
+  log-odds (Hinton, ICANN 1999); and the last exit, which now knows more, teaches the others and their gates. In a regression values do not add up: there the last exit stays without.
+- **`lexical_logits`**: on the rows that it was fitted to, exit 0 looks better than it is. `fit_lexical_exit` returns what an exit fitted to the other four fifths says of each row.
+  In training `forward` lets exit 0 into the later exits only where it is given these: `teach_exits` does, and for a joint training train on the rows that `fit_lexical_exit` returns.
+  `make_exit_table` takes them too.
 - It needs `input_ids`. Given `inputs_embeds`, `forward` asks for `lexical_logits` as well.
 - Where words say nothing, hardly a row leaves there: `calibrate` sees that the exit knows nothing, as a test shows, and what is left is the cost of hashing.
 - It costs {100 * cost["median"]:.2f} % ({100 * cost["min"]:.2f} to {100 * cost["max"]:.2f}) of one block of MiniLM for 32 rows of 64 tokens; exit tables count 2 %.

@@ -171,16 +171,30 @@ def test_it_survives_saving_and_is_not_trained(tmp_path):
     assert again.exits[0].weight.shape == (500, 3)
 
 
-def test_gates_learn_and_exit_0_stays():
+@pytest.mark.parametrize("known", [True, False])
+def test_later_exits_learn_with_exit_0_where_it_is_given_and_it_stays(known):
     model = tiny_model("bert", lexical_exit=True, exit_dropout=0.0).train()
     before = copy.deepcopy(model.state_dict())
-    batch = pad(random_rows(LENGTHS))
+    batch = {**pad(random_rows(LENGTHS)), "labels": torch.tensor([0, 1, 2, 0, 1, 2, 0])}
+    if known:
+        batch["lexical_logits"] = torch.randn(len(LENGTHS), 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    model(**batch, labels=torch.tensor([0, 1, 2, 0, 1, 2, 0])).loss.backward()
+    torch.manual_seed(0)
+    loss = model(**batch).loss
+    torch.manual_seed(0)
+    without = model(**{**batch, "lexical_logits": torch.zeros(len(LENGTHS), 3)}).loss
+    assert torch.equal(loss, without) != known
+    loss.backward()
     optimizer.step()
     after = model.state_dict()
-    assert all(not torch.equal(before[name], after[name]) for name in before if "lexical_gate" in name)
+    assert all(torch.equal(before[name], after[name]) != known for name in before if "lexical_gate" in name)
     assert torch.equal(before["exits.0.weight"], after["exits.0.weight"])
+
+
+@pytest.mark.parametrize("fields", [{}, {"num_labels": 1}, {"problem_type": "regression"}], ids=str)
+def test_a_gate_starts_open_but_where_values_are_told(fields):
+    model = BadgeForSequenceClassification(tiny_config("bert", lexical_exit=True, **fields))
+    assert [exit_.lexical_gate.weight.item() for exit_ in model.exits[1:]] == [0.0 if fields else 1.0] * 4
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "modernbert"])

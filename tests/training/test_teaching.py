@@ -9,6 +9,7 @@ import torch
 
 from tiny import random_rows, tiny_model, tiny_tokenizer
 from transformers_badge import fit_lexical_exit, teach_exits
+from transformers_badge.training import fine_tune
 from transformers_badge.training.fine_tune import fit
 from transformers_badge.training.recipes import TEACHING, applied
 from transformers_badge.training.teaching import last_answers, teaching_rows
@@ -33,6 +34,13 @@ def distance(logits):
     return (probabilities[:, :-1] - probabilities[:, -1:]).abs().mean(dim=(0, 2))
 
 
+def with_exit_0(**fields):
+    """A model whose exit 0 has not been fitted."""
+    model = tiny_model("bert", lexical_exit=True, lexical_buckets=512, **fields)
+    model.exits[0].weight.zero_()
+    return model
+
+
 @pytest.fixture
 def model():
     """A model whose last exit is sure of some rows; its inner exits know nothing of it."""
@@ -44,7 +52,7 @@ def model():
 
 @pytest.fixture
 def lexical():
-    model = tiny_model("bert", lexical_exit=True, lexical_buckets=512)
+    model = with_exit_0()
     with torch.no_grad():
         model.exits[-1].classifier.weight.mul_(20)
     return model
@@ -108,6 +116,51 @@ def test_exit_0_stays_and_says_of_made_up_rows_what_it_would_say_of_new_ones(lex
     # Of the made-up rows it would say more, for it was fitted to their pieces.
     now = all_logits(lexical, taught)[200:, 0]
     assert held_out[200:].std() < 0.9 * now.std()
+
+
+def test_exit_0_is_fitted_before_the_fine_tuning_and_comes_in_after_it(lexical, tmp_path, monkeypatch):
+    rows, others, seen = labelled(200), labelled(20, seed=1), []
+    run_stage = fine_tune.run_stage
+
+    def noted(stage, model, tokenizer, rows, *arguments, **settings):
+        assert model.exits[0].fitted
+        gates = [exit_.lexical_gate.weight.item() for exit_ in model.exits[1:]]
+        trainer = run_stage(stage, model, tokenizer, rows, *arguments, **settings)
+        seen.append((rows.column_names, gates, all_logits(model, others)))
+        return trainer
+
+    monkeypatch.setattr(fine_tune, "run_stage", noted)
+    fit(lexical, tiny_tokenizer(), rows, None, tmp_path, epochs=1, batch_size=16, fill_up_to=400)
+    (first, before, says), (then, after, taught) = seen
+    assert "lexical_logits" not in first
+    assert "lexical_logits" in then
+    assert before == after == [1.0] * 4  # the fine-tuning was without exit 0
+    gates = [exit_.lexical_gate.weight.item() for exit_ in lexical.exits[1:]]
+    assert all(gate != 1 for gate in gates[:-1])
+    assert gates[-1] == 1.0
+    assert torch.equal(taught[:, -1], says[:, -1])
+    assert torch.equal(taught[:, 0], says[:, 0])
+
+
+@pytest.mark.parametrize(("recipe", "words"), [("taught", [False, True]), ("joint", [True])])
+def test_where_nothing_is_taught_words_are_learnt_from_the_first(lexical, tmp_path, monkeypatch, recipe, words):
+    given = []
+    run_stage = fine_tune.run_stage
+
+    def noted(stage, model, tokenizer, rows, *arguments, **settings):
+        given.append("lexical_logits" in rows.column_names)
+        return run_stage(stage, model, tokenizer, rows, *arguments, **settings)
+
+    monkeypatch.setattr(fine_tune, "run_stage", noted)
+    for rows in (labelled(), fit_lexical_exit(lexical, tiny_tokenizer(), labelled())):
+        given.clear()
+        fit(lexical, tiny_tokenizer(), rows, None, tmp_path, recipe=recipe, epochs=1, batch_size=16, fill_up_to=100)
+        assert given == words
+
+
+def test_an_exit_0_that_was_not_fitted_is_named(lexical):
+    with pytest.raises(ValueError, match="Exit 0 has not been fitted: call fit_lexical_exit"):
+        teach_exits(lexical, tiny_tokenizer(), labelled())
 
 
 def test_a_recipe_teaches_after_the_fine_tuning(lexical, tmp_path):

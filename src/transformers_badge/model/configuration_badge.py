@@ -57,7 +57,7 @@ class BadgeConfig(PreTrainedConfig):
             `BadgeForSequenceClassification.from_classifier` sets it.
         lexical_exit: whether there is an exit before the first block, a linear classifier over hashed n-grams of the
             token ids. Every later exit adds its logits to its own, times a learnt gate; but a source head does not. It
-            has to be fitted (`fit_lexical_exit`) before the model is fine-tuned.
+            has to be fitted (`fit_lexical_exit`), best before the model is fine-tuned.
         lexical_buckets: how many buckets n-grams are hashed into; the exit has so many weights per label.
         lexical_ngrams: up to how many tokens an n-gram has, from 1 to 4.
         lexical_ignored_ids: token ids that belong to no n-gram and part the texts of a pair. Default: the special

@@ -26,6 +26,11 @@ class LexicalExit(nn.Module):
         self.register_buffer("weight", torch.zeros(config.lexical_buckets, config.num_labels))
         self.register_buffer("bias", torch.zeros(config.num_labels))
 
+    @property
+    def fitted(self) -> bool:
+        """Whether it has anything to say: a fresh one answers all rows alike."""
+        return bool(self.weight.any() or self.bias.any())
+
     def buckets(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """The buckets of every row's n-grams, (rows, n-grams), 0 where there is none."""
         config = self.config

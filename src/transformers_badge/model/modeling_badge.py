@@ -64,8 +64,8 @@ class BadgePreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, ZeroInitLinear):  # a fresh bypass changes nothing
             init.zeros_(module.weight)
-        elif isinstance(module, LexicalGate):  # later exits learn what is left to say
-            init.ones_(module.weight)
+        elif isinstance(module, LexicalGate):
+            init.constant_(module.weight, module.start)
         elif isinstance(module, LexicalExit):
             init.zeros_(module.weight)
             init.zeros_(module.bias)
@@ -249,7 +249,8 @@ class BadgeForSequenceClassification(BadgePreTrainedModel, BadgeStages):
             inputs_embeds: (rows, tokens, hidden), instead of input_ids.
             labels: (rows,) int64, or (rows, labels) float for multi-label and regression.
             lexical_logits: (rows, labels), to stand for what the lexical exit says: of rows that it was fitted to, what
-                `fit_lexical_exit` returns, or the later exits would learn to trust it too much.
+                `fit_lexical_exit` returns, or the later exits would learn to trust it too much. In training mode the
+                later exits learn without it unless these are given.
             output_attentions: for callers that always pass it, as peft does; `True` is an error.
             output_hidden_states: also return h_0 to h_L. Default: what the config says.
             return_dict: `False` gives a tuple. Default: what the config says.

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from .configuration_badge import BadgeConfig
 from .encoders_badge import first_token
+from .loss_badge import infer_problem_type
 
 
 class ZeroInitLinear(nn.Linear):
@@ -13,11 +14,16 @@ class ZeroInitLinear(nn.Linear):
 
 
 class LexicalGate(nn.Module):
-    """Adds the lexical exit's logits to those of a later exit, times one number that is learnt."""
+    """Adds the lexical exit's logits to those of a later exit, times one number that is learnt.
 
-    def __init__(self) -> None:
+    It starts at 1: what two say who learnt from labels apart from each other adds up, in log-odds (Hinton, ICANN 1999).
+    Values do not, so that it starts at 0 in a regression.
+    """
+
+    def __init__(self, start: float = 1.0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(1))
+        self.start = start
+        self.weight = nn.Parameter(torch.full((1,), start))
 
     def forward(self, logits: Tensor, lexical_logits: Tensor) -> Tensor:
         """Both of the shape (rows, labels)."""
@@ -52,7 +58,8 @@ class BadgeExit(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size) if with_norm else nn.Identity()
         if self.pooling == "attention":
             self.query = ZeroInitLinear(config.hidden_size, 1, bias=False)
-        self.lexical_gate = LexicalGate() if config.lexical_exit else None
+        regression = infer_problem_type(config.problem_type, config.num_labels, None) == "regression"
+        self.lexical_gate = LexicalGate(0.0 if regression else 1.0) if config.lexical_exit else None
         self.dropout = nn.Dropout(config.exit_dropout)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
 

@@ -21,6 +21,7 @@ class BadgeStages:
     """
 
     config: Any
+    training: bool
     device: torch.device
     dtype: torch.dtype
     num_labels: int
@@ -55,10 +56,13 @@ class BadgeStages:
         inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "token_type_ids": token_type_ids}
         if self.config.lexical_exit:
             lexical: Any = self.exits[0]
-            if lexical_logits is None:
-                lexical_logits = lexical(input_ids, attention_mask)
-            else:
+            if lexical_logits is not None:
                 lexical_logits = lexical_logits.to(lexical.weight.dtype)
+            elif self.training:
+                tokens: Any = input_ids if input_ids is not None else inputs_embeds
+                lexical_logits = lexical.bias.new_zeros(len(tokens), self.num_labels)
+            else:
+                lexical_logits = lexical(input_ids, attention_mask)
         return BlockState(inputs, attention_mask, position_ids, lexical_logits)
 
     def begin(self, rows: list[dict[str, list[int]]]) -> tuple[BlockState, Any]:

@@ -131,7 +131,8 @@ def fit(
 
     Args:
         train_rows, validation_rows: as `tokenize` makes them, with labels. A lexical exit is fitted to the first,
-            unless they have `lexical_logits`, which `fit_lexical_exit` adds.
+            unless it has been and they have `lexical_logits`, which `fit_lexical_exit` adds. What it says enters the
+            other exits where they are taught, or in a recipe without such a stage from the first.
         output_dir: where Trainer may write.
         recipe: a name of `recipes.RECIPES`, which says how many of the epochs each of its stages gets.
         epochs: passes over the rows.
@@ -150,19 +151,21 @@ def fit(
     from transformers_badge.training.recipes import get_recipe
     from transformers_badge.training.teaching import teaching_rows
 
-    rows, trainer = train_rows, None
-    if model.config.lexical_exit and "lexical_logits" not in rows.column_names:
+    may_learn = any(model.config.loss_weights[:-1])  # or there is no inner exit, or none that is to learn
+    stages = [stage for stage in get_recipe(recipe) if may_learn or not stage.filled]
+    rows, taught_rows, trainer = train_rows, None, None
+    if any(stage.filled for stage in stages):
+        # Before the fine-tuning, since exit 0 uses the encoder's embeddings: they are not to know the labels yet.
+        taught_rows = teaching_rows(model, tokenizer, rows, fill_up_to, seed)
+        rows = rows.remove_columns([*{"lexical_logits"} & {*rows.column_names}])
+    elif model.config.lexical_exit and "lexical_logits" not in rows.column_names:
         rows = fit_lexical_exit(model, tokenizer, rows, seed=seed)
-    for stage in get_recipe(recipe):
-        if stage.filled:
-            if not any(model.config.loss_weights[:-1]):
-                continue  # there is no inner exit to be taught, or none that is to learn
-            rows = teaching_rows(model, tokenizer, rows, fill_up_to, seed)
+    for stage in stages:
         trainer = run_stage(
             stage,
             model,
             tokenizer,
-            rows,
+            taught_rows if stage.filled else rows,
             validation_rows,
             output_dir,
             epochs=epochs * stage.share,

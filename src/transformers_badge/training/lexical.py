@@ -52,15 +52,17 @@ def fit_lexical_exit(
 
     Returns:
         The rows with one more column, `lexical_logits`: what an exit fitted to the other rows says of each. `forward`
-        takes it, so that what is trained on these rows learns how far the exit is to be trusted on new ones.
+        takes it, and what is trained on these rows learns how far the exit is to be trusted on new ones. Trained on
+        rows without it, exits learn as if there were no exit 0, which `teach_exits` lets in afterwards: better exits.
 
     Raises:
         ValueError: the model has no lexical exit, fewer different rows than folds, or targets that do not fit.
 
     Example:
         >>> model = BadgeForSequenceClassification.from_encoder("google-bert/bert-base-uncased", lexical_exit=True)
-        >>> rows = fit_lexical_exit(model, tokenizer, rows)
+        >>> fit_lexical_exit(model, tokenizer, rows)
         >>> Trainer(model=model, train_dataset=rows, processing_class=tokenizer, ...).train()
+        >>> teach_exits(model, tokenizer, rows)
     """
     import torch
     from tqdm.auto import tqdm

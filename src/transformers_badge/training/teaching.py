@@ -26,7 +26,8 @@ def teach_exits(
     """Let a fine-tuned model's last exit teach the others; its encoder and the last exit stay as they are.
 
     The last exit can answer any text, so the others see more texts than there are labels for. An exit 0 stays as it is
-    too: it has learnt from labels (fitted anew, to answers of the last exit, it was no better).
+    too: it has learnt from labels (fitted anew, to answers of the last exit, it was no better). What it says enters all
+    exits, also if the fine-tuning was without it.
 
     Args:
         model: a `BadgeForSequenceClassification` that has been fine-tuned.
@@ -43,8 +44,8 @@ def teach_exits(
         `fit_lexical_exit`, if the model has an exit 0.
 
     Raises:
-        ValueError: the model has no inner exit, or none with a weight in the loss; a setting is not above 0; too few
-            rows for an exit 0.
+        ValueError: the model has no inner exit, or none with a weight in the loss; a setting is not above 0; an exit 0
+            has not been fitted, or there are too few rows for it.
 
     Example:
         >>> trainer.train()
@@ -56,6 +57,8 @@ def teach_exits(
             f"There is no exit to teach: exit_layers={model.exit_layers} and exit_loss_weights="
             f"{model.config.exit_loss_weights!r} leave none before the last one that learns."
         )
+    if model.config.lexical_exit and not model.exits[0].fitted:
+        raise ValueError("Exit 0 has not been fitted: call fit_lexical_exit, best before the model is fine-tuned.")
     rows = teaching_rows(model, tokenizer, rows, fill_up_to, seed)
     with tempfile.TemporaryDirectory() as folder:
         run_stage(
@@ -75,11 +78,11 @@ def teach_exits(
 
 
 def teaching_rows(model: Any, tokenizer: Any, rows: Any, fill_up_to: int, seed: int = 0) -> Any:
-    """The rows that the exits of a fine-tuned model are taught on, with what exit 0 says of each; the model stays.
+    """The rows that the exits of a model are taught on, with what exit 0 says of each.
 
     Args:
-        model: a fine-tuned model.
-        rows: those that it was fine-tuned on, a `datasets.Dataset` with `input_ids`.
+        model: stays as it is; but an exit 0 that has not been fitted is.
+        rows: those of the fine-tuning, a `datasets.Dataset` with `input_ids`.
         fill_up_to: rows, reached with made-up ones where there are fewer.
         seed: of what is made up, and of the folds.
 
@@ -90,9 +93,10 @@ def teaching_rows(model: Any, tokenizer: Any, rows: Any, fill_up_to: int, seed: 
     filled, folds = filled_rows(tokenizer, rows, fill_up_to, seed)
     if model.config.lexical_exit and "lexical_logits" not in filled.column_names:
         targets = rows["labels"] if "labels" in rows.column_names else last_answers(model, rows)
-        fitted = copy.deepcopy(model.exits[0].state_dict())
+        fitted = copy.deepcopy(model.exits[0].state_dict()) if model.exits[0].fitted else None
         filled = fit_lexical_exit(model, tokenizer, filled, targets, folds=folds, seed=seed)
-        model.exits[0].load_state_dict(fitted)
+        if fitted is not None:
+            model.exits[0].load_state_dict(fitted)
     return filled.remove_columns("labels") if "labels" in filled.column_names else filled
 
 
