@@ -14,6 +14,8 @@ from onnx import helper, numpy_helper
 
 ZERO = 128  # what stands for 0 among activations, which are unsigned; weights are signed
 _LIMIT = 127.0
+# Weights have 7 bits: processors without VNNI add two products of 8 by 8 bits in 16, which 8 bits would overflow.
+_WEIGHT_LIMIT = 63.0
 _NARROW = 16  # columns; a product with fewer takes less time than quantizing what goes into it
 
 
@@ -49,7 +51,7 @@ def quantize_rowwise(model: onnx.ModelProto) -> onnx.ModelProto:
         if activations not in quantized:
             quantized[activations] = f"int8.{activations}"
             nodes += _quantize_activations(activations, quantized[activations])
-        scales = np.maximum(np.abs(matrix).max(axis=0) / _LIMIT, 1e-12).astype(np.float32)
+        scales = np.maximum(np.abs(matrix).max(axis=0) / _WEIGHT_LIMIT, 1e-12).astype(np.float32)
         constants.append(numpy_helper.from_array(scales / np.float32(_LIMIT), f"{name}.scales"))
         constants.append(numpy_helper.from_array(np.rint(matrix / scales).astype(np.int8), f"{name}.int8"))
         whole = quantized[activations]
