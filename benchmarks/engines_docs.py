@@ -23,7 +23,7 @@ def write_engines(
     lost = [entry["full_depth"] - entry["early_exit"] for entry in record["engines"].values()]
     figures = "\n\n".join(
         [
-            "The checkpoint of `make demo DEMO_ARGS=--full` (MiniLM, 6 blocks, exit 0, movie reviews) and its test rows in the order of arrival, padded to the longest of each batch. The threshold is, for each "
+            "The checkpoint of `make demo DEMO_ARGS=--full` (MiniLM, 6 blocks, exit 0, movie reviews; fine-tuned with exit 0 from the first, as was done then) and its test rows in the order of arrival, padded to the longest of each batch. The threshold is, for each "
             f"engine, the fastest that is expected to lose at most {record['max_lost']:g} points of accuracy, as 2,000 other rows have it; on these {record['rows']:,} it loses {min(lost):.1f} to {max(lost):.1f}. `python benchmarks/engines.py demo-output/checkpoint --calibration-rows 2000` on {machine(record)}, ONNX Runtime "
             f"{record['machine']['onnxruntime']}; "
             + ", ".join(

@@ -153,7 +153,8 @@ def write_benchmarks(
         "## The demo in full",
         "",
         f"`transformers-badge demo --full`: MiniLM, 6 blocks, movie-review polarity, {full['rows']['train']} training rows, "
-        f"{full['rows']['test']} test rows, 3 epochs, one seed. On {machine(full)}; {full['minutes']} minutes.",
+        f"{full['rows']['test']} test rows, 3 epochs, one seed. On {machine(full)}; {full['minutes']} minutes. (Of before exit 0 joined in "
+        "after the fine-tuning.)",
         "",
         *demo_table(full, plain),
         "",
