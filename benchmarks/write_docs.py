@@ -164,7 +164,8 @@ def write_benchmarks(
         "",
         "## The demo by default",
         "",
-        f"`transformers-badge demo`: {demo['rows']['train']} training rows, 1 epoch. On {machine(demo)}; {demo['minutes']} minutes.",
+        f"`transformers-badge demo`: {demo['rows']['train']} training rows, 1 epoch. On {machine(demo)}; {demo['minutes']} minutes. "
+        "(Of before exit 0 joined in after the fine-tuning.)",
         "",
         *demo_table(demo, None),
         "",
