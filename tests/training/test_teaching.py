@@ -34,13 +34,6 @@ def distance(logits):
     return (probabilities[:, :-1] - probabilities[:, -1:]).abs().mean(dim=(0, 2))
 
 
-def with_exit_0(**fields):
-    """A model whose exit 0 has not been fitted."""
-    model = tiny_model("bert", lexical_exit=True, lexical_buckets=512, **fields)
-    model.exits[0].weight.zero_()
-    return model
-
-
 @pytest.fixture
 def model():
     """A model whose last exit is sure of some rows; its inner exits know nothing of it."""
@@ -52,8 +45,10 @@ def model():
 
 @pytest.fixture
 def lexical():
-    model = with_exit_0()
+    """The same with an exit 0 that has not been fitted."""
+    model = tiny_model("bert", lexical_exit=True, lexical_buckets=512)
     with torch.no_grad():
+        model.exits[0].weight.zero_()
         model.exits[-1].classifier.weight.mul_(20)
     return model
 
