@@ -53,6 +53,21 @@ def lexical():
     return model
 
 
+@pytest.fixture
+def before_each_stage(monkeypatch):
+    """A function that has another called with the rows of every stage of `fit`, before the stage runs."""
+    run_stage = fine_tune.run_stage
+
+    def call(note):
+        def noted(stage, model, tokenizer, rows, *arguments, **settings):
+            note(rows)
+            return run_stage(stage, model, tokenizer, rows, *arguments, **settings)
+
+        monkeypatch.setattr(fine_tune, "run_stage", noted)
+
+    return call
+
+
 def test_the_inner_exits_come_to_answer_as_the_last_which_stays_as_it_is(model):
     rows, others = labelled(), labelled(seed=1)
     before = copy.deepcopy(model.state_dict())
@@ -113,40 +128,32 @@ def test_exit_0_stays_and_says_of_made_up_rows_what_it_would_say_of_new_ones(lex
     assert held_out[200:].std() < 0.9 * now.std()
 
 
-def test_exit_0_is_fitted_before_the_fine_tuning_and_comes_in_after_it(lexical, tmp_path, monkeypatch):
+def test_exit_0_is_fitted_before_the_fine_tuning_and_comes_in_after_it(lexical, tmp_path, before_each_stage):
     rows, others, seen = labelled(200), labelled(20, seed=1), []
-    run_stage = fine_tune.run_stage
 
-    def noted(stage, model, tokenizer, rows, *arguments, **settings):
-        assert model.exits[0].fitted
-        gates = [exit_.lexical_gate.weight.item() for exit_ in model.exits[1:]]
-        trainer = run_stage(stage, model, tokenizer, rows, *arguments, **settings)
-        seen.append((rows.column_names, gates, all_logits(model, others)))
-        return trainer
+    def note(stage_rows):
+        assert lexical.exits[0].fitted
+        gates = [exit_.lexical_gate.weight.item() for exit_ in lexical.exits[1:]]
+        seen.append((stage_rows.column_names, gates, all_logits(lexical, others)))
 
-    monkeypatch.setattr(fine_tune, "run_stage", noted)
+    before_each_stage(note)
     fit(lexical, tiny_tokenizer(), rows, None, tmp_path, epochs=1, batch_size=16, fill_up_to=400)
-    (first, before, says), (then, after, taught) = seen
+    (first, before, _), (then, after, untaught) = seen
     assert "lexical_logits" not in first
     assert "lexical_logits" in then
     assert before == after == [1.0] * 4  # the fine-tuning was without exit 0
     gates = [exit_.lexical_gate.weight.item() for exit_ in lexical.exits[1:]]
     assert all(gate != 1 for gate in gates[:-1])
     assert gates[-1] == 1.0
-    assert torch.equal(taught[:, -1], says[:, -1])
-    assert torch.equal(taught[:, 0], says[:, 0])
+    taught = all_logits(lexical, others)
+    assert torch.equal(taught[:, -1], untaught[:, -1])
+    assert torch.equal(taught[:, 0], untaught[:, 0])
 
 
 @pytest.mark.parametrize(("recipe", "words"), [("taught", [False, True]), ("joint", [True])])
-def test_where_nothing_is_taught_words_are_learnt_from_the_first(lexical, tmp_path, monkeypatch, recipe, words):
+def test_where_nothing_is_taught_words_are_learnt_from_the_first(lexical, tmp_path, before_each_stage, recipe, words):
     given = []
-    run_stage = fine_tune.run_stage
-
-    def noted(stage, model, tokenizer, rows, *arguments, **settings):
-        given.append("lexical_logits" in rows.column_names)
-        return run_stage(stage, model, tokenizer, rows, *arguments, **settings)
-
-    monkeypatch.setattr(fine_tune, "run_stage", noted)
+    before_each_stage(lambda rows: given.append("lexical_logits" in rows.column_names))
     for rows in (labelled(), fit_lexical_exit(lexical, tiny_tokenizer(), labelled())):
         given.clear()
         fit(lexical, tiny_tokenizer(), rows, None, tmp_path, recipe=recipe, epochs=1, batch_size=16, fill_up_to=100)
