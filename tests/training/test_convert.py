@@ -73,6 +73,10 @@ def test_the_exits_learn_and_the_report_is_what_the_model_does(converted):
     assert report["rows"] == {"taught": 336, "made_up": 64, "chosen": 96, "reported": 48}
     assert report["exit_agreement"][-1] == 1.0
     assert min(report["exit_agreement"]) > 0.9
+    # From texts that the encoder has not seen gates can learn.
+    gates = [value.item() for name, value in weights(folder).items() if "lexical_gate" in name]
+    assert len(gates) == report["exit_layers"][-1] - 1
+    assert all(gate != 1 for gate in gates)
     assert report["layer_speedup"] > 1.5
     model, tokenizer = BadgeForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert model.config.exit_policy.to_dict() == report["policy"]

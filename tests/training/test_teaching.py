@@ -142,9 +142,8 @@ def test_exit_0_is_fitted_before_the_fine_tuning_and_comes_in_after_it(lexical, 
     assert "lexical_logits" not in first
     assert "lexical_logits" in then
     assert before == after == [1.0] * 4  # the fine-tuning was without exit 0
-    gates = [exit_.lexical_gate.weight.item() for exit_ in lexical.exits[1:]]
-    assert all(gate != 1 for gate in gates[:-1])
-    assert gates[-1] == 1.0
+    # Nor does the teaching move the gates: of these rows the encoder knows more than it will of others.
+    assert [exit_.lexical_gate.weight.item() for exit_ in lexical.exits[1:]] == [1.0] * 4
     taught = all_logits(lexical, others)
     assert torch.equal(taught[:, -1], untaught[:, -1])
     assert torch.equal(taught[:, 0], untaught[:, 0])

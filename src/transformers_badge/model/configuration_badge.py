@@ -56,7 +56,7 @@ class BadgeConfig(PreTrainedConfig):
         source_head: the last exit is the classifier that the encoder was fine-tuned with, and reads the encoder alone.
             `BadgeForSequenceClassification.from_classifier` sets it.
         lexical_exit: whether there is an exit before the first block, a linear classifier over hashed n-grams of the
-            token ids. Every later exit adds its logits to its own, times a learnt gate; but a source head does not. It
+            token ids. Every later exit adds its logits to its own, times a gate; but a source head does not. It
             has to be fitted (`fit_lexical_exit`), best before the model is fine-tuned.
         lexical_buckets: how many buckets n-grams are hashed into; the exit has so many weights per label.
         lexical_ngrams: up to how many tokens an n-gram has, from 1 to 4.

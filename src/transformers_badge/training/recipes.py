@@ -12,6 +12,7 @@ from transformers import Trainer
 
 from transformers_badge.model.inputs_badge import check_labels
 from transformers_badge.model.loss_badge import exit_losses, infer_problem_type
+from transformers_badge.model.modules_badge import LexicalGate
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Stage:
             too.
         distilled: inner exits learn the last exit's answers, besides the labels if there are any.
         filled: rows go without labels, and where they are few are filled up with made-up ones
-            (`teaching.teaching_rows`).
+            (`teaching.teaching_rows`). The gates of exit 0 stay as they are, but in a converted model.
         share: of the epochs.
     """
 
@@ -72,13 +73,18 @@ def get_recipe(name: str) -> tuple[Stage, ...]:
 
 @contextmanager
 def applied(stage: Stage, model: Any) -> Iterator[None]:
-    """The model with the gradients of a stage; afterwards as it was."""
-    before = model.config.exit_gradient
+    """The model with the parameters and gradients of a stage; afterwards as it was."""
+    before, tuned = model.config.exit_gradient, not model.config.frozen
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.config.exit_gradient = stage.exit_gradient
     if model.config.frozen:
         for module in (model.encoder, model.exits[-1]):
             module.requires_grad_(False)
+    if stage.filled and tuned:
+        # Rows that the encoder was fine-tuned on it knows without the words: gates would close, and new rows lose.
+        for module in model.modules():
+            if isinstance(module, LexicalGate):
+                module.requires_grad_(False)
     try:
         yield
     finally:
