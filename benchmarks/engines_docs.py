@@ -23,7 +23,7 @@ def write_engines(
     lost = [entry["full_depth"] - entry["early_exit"] for entry in record["engines"].values()]
     figures = "\n\n".join(
         [
-            "The checkpoint of `make demo DEMO_ARGS=--full` (MiniLM, 6 blocks, exit 0, movie reviews; fine-tuned with exit 0 from the first, as was done then) and its test rows in the order of arrival, padded to the longest of each batch. The threshold is, for each "
+            "The checkpoint of `make demo DEMO_ARGS=--full` (MiniLM, 6 blocks, exit 0, movie reviews; of before the gates of exit 0 were held at 1) and its test rows in the order of arrival, padded to the longest of each batch. The threshold is, for each "
             f"engine, the fastest that is expected to lose at most {record['max_lost']:g} points of accuracy, as 2,000 other rows have it; on these {record['rows']:,} it loses {min(lost):.1f} to {max(lost):.1f}. `python benchmarks/engines.py demo-output/checkpoint --calibration-rows 2000` on {machine(record)}, ONNX Runtime "
             f"{record['machine']['onnxruntime']}; "
             + ", ".join(
@@ -77,7 +77,7 @@ def _bf16(record: dict[str, Any], machine: Callable[[dict[str, Any]], str]) -> s
         cells = [with_spread(by_size["ratios"][name]) for by_size in sizes.values()]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return (
-        f"`python benchmarks/engines.py demo-output/checkpoint --calibration-rows 2000 --engine bf16`, on {machine(record)}: {entry['full_depth']:.2f} % at full depth, {entry['early_exit']:.2f} % with early exit, {entry['layer_speedup']:.2f}x in layers.\n\n"
+        f"`python benchmarks/engines.py demo-output/checkpoint --calibration-rows 2000 --engine bf16`, on {machine(record)}: {entry['full_depth']:.2f} % at full depth, {entry['early_exit']:.2f} % with early exit, {entry['layer_speedup']:.2f}x in layers. (On another processor than the figures above, with a model of before exit 0 joined in after the fine-tuning.)\n\n"
         + "\n".join(lines)
     )
 
@@ -102,7 +102,7 @@ def _pruning(record: dict[str, Any], machine: Callable[[dict[str, Any]], str]) -
             lines.append(f"| {' | '.join([size, ENGINE_NAMES[engine], *cells, product])} |")
     return (
         f"`python benchmarks/pruned.py demo-output/checkpoint`: the demo's encoder, and the same with the {100 * (1 - record['keep']):.0f} % of every feed-forward layer's neurons taken out that have the smallest weights, "
-        f"fine-tuned alike (`--full`); the whole one's threshold is expected to lose at most {record['max_lost']:g} points, the pruned one's saves as many layers on the same held-out rows; {record['rounds']} rounds in turns; {machine(record)}.\n\n"
+        f"fine-tuned alike (`--full`); the whole one's threshold is expected to lose at most {record['max_lost']:g} points, the pruned one's saves as many layers on the same held-out rows; {record['rounds']} rounds in turns; {machine(record)}. (Of before exit 0 joined in after the fine-tuning.)\n\n"
         + "\n".join(lines)
     )
 
