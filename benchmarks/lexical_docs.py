@@ -149,7 +149,7 @@ def write_exit_zero(
     text = f"""# Exit 0: leave before the first block
 
 Much text is easy for its words alone. With `lexical_exit=True` a model has an exit of depth 0: a linear classifier over hashed n-grams of the token ids, read before the
-embeddings and before any block. Rows that leave there cost next to nothing; every later exit adds its logits, times a learnt gate, to its own.
+embeddings and before any block. Rows that leave there cost next to nothing; every later exit adds its logits, times a gate, to its own.
 
 ```python
 from transformers_badge import BadgeForSequenceClassification, fit_lexical_exit, teach_exits
@@ -172,7 +172,8 @@ teach_exits(model, tokenizer, rows)  # exit 0 joins in
 - **Regularisation**, and how much the embeddings say, are chosen on held-out rows, since overconfidence at exit 0 is what hurts. The weights are then held fixed.
 - **It joins in after the fine-tuning.** An encoder that learns from rows of which exit 0 speaks already leaves to it what it could find out itself, and all exits are the worse for it.
   So the encoder is fine-tuned as if there were no exit 0. Then its logits are added to the last exit's as they are, for what two say who learnt apart from each other adds up, in
-  log-odds (Hinton, ICANN 1999); and the last exit, which now knows more, teaches the others and their gates. In a regression values do not add up: there the last exit stays without.
+  log-odds (Hinton, ICANN 1999); and the last exit, which now knows more, teaches the others. Their gates stay at 1 too: learnt, they nearly closed, for of the rows that it was fine-tuned on
+  the encoder knows more than it will of others. In a converted classifier, whose encoder has seen none of the texts, gates learn. In a regression values do not add up: there the later exits stay without.
 - **`lexical_logits`**: on the rows that it was fitted to, exit 0 looks better than it is. `fit_lexical_exit` returns what an exit fitted to the other four fifths says of each row.
   In training `forward` lets exit 0 into the later exits only where it is given these: `teach_exits` does, and for a joint training train on the rows that `fit_lexical_exit` returns.
   `make_exit_table` takes them too.
@@ -192,7 +193,7 @@ It is the one exit that explains itself (`explain_lexical_exit` in `transformers
 
 Made by `make docs` from docs/records/lexical.json (`python benchmarks/lexical.py`), on {machine(record)}. MiniLM (6 blocks), mean and standard deviation over the seeds. Models with and without
 exit 0 are trained on the same rows, by the recipe `taught` ([recipes](model.md#training-recipes)); `converted` means a frozen classifier with exits that were
-taught without labels.
+taught without labels. (Fine-tuned models with exit 0 are of before its gates were held at 1.)
 
 Layer speedup at which no more than one point of accuracy is lost **against the model without exit 0 at full depth** (mean over {2 * record["splits"]} halvings; exit 0 counts 2 % of a block):
 

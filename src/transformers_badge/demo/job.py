@@ -304,7 +304,7 @@ def _print_report(console: Any, report: dict[str, Any], output_dir: Path) -> Non
     lost = early["accuracy_lost"]
     console.print(
         f"Lost on the test rows: {100 * lost['observed']:.2f} points; what is lost on rows like these is, with 95 % "
-        f"confidence, between {100 * lost['low']:.2f} and {100 * lost['high']:.2f}."
+        f"confidence, between {100 * lost['low']:z.2f} and {100 * lost['high']:z.2f}."
     )
     timing = report["timing"]
     table = Table("in seconds", *[f"batch size {entry['batch_size']}, {entry['rows']} rows" for entry in timing])
