@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from criteria import RECIPES, table_path
+from criteria import RECIPES, table_path, with_others
 from transformers_badge import ExitPolicy, ExitTable, calibrate
 from transformers_badge.calibration.demand import losses_at_exits
 from transformers_badge.calibration.replay import layer_speedup, replay, score_exits
@@ -55,7 +55,7 @@ def simulate(population: ExitTable, risk: Any, criterion: str) -> dict[str, Any]
         for name, chosen in (("certified", policy), ("uncertified", boldly)):
             taken = replay(population, chosen)
             found[name].append((float(losses[everyone, taken].mean()), layer_speedup(population, taken)))
-    record: dict[str, Any] = {}
+    record: dict[str, Any] = {"risk": risk, "criterion": criterion}
     for name, entries in found.items():
         risks, speedups = np.array(entries).T
         record[name] = {"violations": float((risks > MAX_RISK).mean()), "layer_speedup": float(speedups.mean())}
@@ -93,14 +93,13 @@ def main() -> None:
         "replay": time_replay() if before is None else before["replay"],
         "runs": [],
     }
-    for recipe, risk, criterion in itertools.product(RECIPES, RISKS, CRITERIA):
-        of = {"data": "movies", "recipe": recipe, "risk": risk, "criterion": criterion}
-        if before is not None and recipe != arguments.recipe:
-            record["runs"] += [run for run in before["runs"] if run.items() >= of.items()]
-            continue
+    recipes = [recipe for recipe in RECIPES if arguments.recipe in (None, recipe)]
+    for recipe, risk, criterion in itertools.product(recipes, RISKS, CRITERIA):
         population = ExitTable.load(table_path(arguments.output_dir, "movies", recipe, 0))
-        record["runs"].append({**of, **simulate(population, risk, criterion)})
+        record["runs"].append({"data": "movies", "recipe": recipe, **simulate(population, risk, criterion)})
         print(json.dumps(record["runs"][-1]))
+    if before is not None:
+        record["runs"] = with_others(record["runs"], before["runs"], [("movies", recipe) for recipe in RECIPES])
     record["machine"] = describe_machine()
     (arguments.output_dir / "guarantee.json").write_text(json.dumps(record, indent=1) + "\n")
 
