@@ -157,7 +157,7 @@ def fit(
     if any(stage.filled for stage in stages):
         # Before the fine-tuning, since exit 0 uses the encoder's embeddings: they are not to know the labels yet.
         taught_rows = teaching_rows(model, tokenizer, rows, fill_up_to, seed)
-        rows = rows.remove_columns([*{"lexical_logits"} & {*rows.column_names}])
+        rows = rows.remove_columns("lexical_logits") if "lexical_logits" in rows.column_names else rows
     elif model.config.lexical_exit and "lexical_logits" not in rows.column_names:
         rows = fit_lexical_exit(model, tokenizer, rows, seed=seed)
     for stage in stages:
