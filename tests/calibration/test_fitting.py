@@ -9,7 +9,7 @@ from scipy.stats import mannwhitneyu
 from test_replay import SEVERAL, made_up, made_up_several
 
 from transformers_badge import ExitPolicy
-from transformers_badge.calibration.fitting import expected_correctness, fit_rule, fit_temperatures
+from transformers_badge.calibration.fitting import expected_losses, fit_rule, fit_temperatures
 from transformers_badge.calibration.replay import agreement, answers, at_exits, correctness, replay, score_exits
 from transformers_badge.exit_table import ExitTable
 from transformers_badge.model.criteria_badge import exit_probabilities
@@ -52,6 +52,12 @@ def calibrated(rows=4000, problem_type="single_label_classification", seed=0):
         ),
         FACTORS,
     )
+
+
+def counted_losses(table):
+    """1 where the last exit is right and this one is not, -1 where it is the other way round."""
+    right = correctness(table).astype(float)
+    return right[:, -1:] - right
 
 
 @pytest.mark.parametrize("make", [made_up, made_up_several])
@@ -258,7 +264,7 @@ def test_temperatures_stay_within_their_bounds():
 
 
 @pytest.mark.parametrize("problem_type", ["single_label_classification", SEVERAL])
-def test_expected_correctness_says_what_is_lost_with_less_noise_than_counting(problem_type):
+def test_expected_losses_have_less_noise_than_counting(problem_type):
     """Rows of which even the best exit is unsure, as rows where exits disagree mostly are."""
 
     def make(rows, seed):
@@ -266,26 +272,49 @@ def test_expected_correctness_says_what_is_lost_with_less_noise_than_counting(pr
         noise = generator.normal(0, 1, table.exit_logits.shape) * np.array([1.0, 0.7, 0.4, 0.2])[:, None]
         return replace(table, exit_logits=table.exit_logits / FACTORS[:, None] / 2 + noise)
 
-    def lost(values):
-        return (values[:, -1] - values[:, 1]).mean()
+    def lost(losses, table):
+        """By a policy that lets the surest half leave at the second exit."""
+        sure = exit_probabilities(table.exit_logits, problem_type)[:, :, 1].max(axis=-1).min(axis=1)
+        return np.where(sure > np.median(sure), losses[:, 1], 0).mean()
 
-    truth = lost(correctness(make(50_000, 999)).astype(float))
+    everything = make(50_000, 999)
+    truth = lost(counted_losses(everything), everything)
     tables = [make(300, seed) for seed in range(40)]
-    expected = np.array([lost(expected_correctness(table)) for table in tables])
-    counted = np.array([lost(correctness(table).astype(float)) for table in tables])
-    assert truth > 0.02
+    expected = np.array([lost(expected_losses(table), table) for table in tables])
+    counted = np.array([lost(counted_losses(table), table) for table in tables])
+    assert truth > 0.01
     assert expected.mean() == pytest.approx(truth, abs=0.01)
     assert np.sqrt(((expected - truth) ** 2).mean()) < 0.9 * np.sqrt(((counted - truth) ** 2).mean())
 
 
-def test_expected_correctness_follows_the_labels():
+@pytest.mark.parametrize("problem_type", ["single_label_classification", SEVERAL])
+def test_expected_losses_follow_the_labels_of_rows_where_exits_disagree(problem_type):
+    """Where they agree they are right; where they do not, the last is nine times in ten, whatever either thinks."""
+    generator = np.random.default_rng(1)
+    table = calibrated(4000, problem_type)
+    logits = table.exit_logits / FACTORS[:, None]
+    logits[:, 0] += generator.normal(0, 2, logits[:, 0].shape)
+    table = replace(table, exit_logits=logits)
+    first, last = answers(table)[:, 0], answers(table)[:, -1]
+    last_is_right = generator.random(first.shape) < 0.9
+    table = replace(table, labels=np.where(last_is_right, last, first).astype(np.int64))
+    truth = counted_losses(table)[:, 0].mean()
+    assert truth > 0.1
+    expected = expected_losses(table)
+    assert expected[:, 0].mean() == pytest.approx(truth, rel=0.1)
+    assert not expected[agreement(table)].any()
+    # the control: the same exits, where it is the first that is right
+    opposite = replace(table, labels=np.where(last_is_right, first, last).astype(np.int64))
+    assert expected_losses(opposite)[:, 0].mean() == pytest.approx(-truth, rel=0.1)
+
+
+def test_expected_losses_of_labels_that_have_nothing_to_do_with_the_exits_are_none():
     table = made_up(2000, 4)
-    right = expected_correctness(table)
-    assert right.shape == (2000, 4)
-    assert right.mean(axis=0) == pytest.approx(correctness(table).mean(axis=0), abs=0.02)
-    # the controls: with labels that have nothing to do with the exits, and with the opposite ones
+    losses = expected_losses(table)
+    assert losses.shape == (2000, 4)
+    assert losses.mean(axis=0) == pytest.approx(counted_losses(table).mean(axis=0), abs=0.02)
     shuffled = replace(table, labels=np.random.default_rng(0).permutation(table.labels))
-    assert expected_correctness(shuffled).mean(axis=0) == pytest.approx(np.full(4, 0.5), abs=0.03)
-    assert expected_correctness(replace(table, labels=1 - table.labels)).mean() < 0.3
+    assert expected_losses(shuffled).mean(axis=0) == pytest.approx(np.zeros(4), abs=0.03)
+    assert expected_losses(table)[:, 0].mean() > 0.05  # the control
     with pytest.raises(ValueError, match="The exit table has no labels"):
-        expected_correctness(replace(table, labels=None))
+        expected_losses(replace(table, labels=None))

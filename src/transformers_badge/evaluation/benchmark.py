@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from transformers_badge.calibration.fitting import expected_correctness
+from transformers_badge.calibration.fitting import expected_losses
 from transformers_badge.calibration.replay import replay, score_exits
 from transformers_badge.evaluation.contenders import COMPILED, ENGINES, Contenders, Run, Texts
 from transformers_badge.evaluation.curves import measure, run_thresholds
@@ -124,12 +124,12 @@ def choose_policy(table: ExitTable, policy: ExitPolicy, max_lost: float) -> Exit
     Expected, not counted: on 2,000 rows the points counted are off by a point as often as not, and the threshold that
     looks fastest is the one whose count happens to be low.
     """
-    values = expected_correctness(table)
+    losses = expected_losses(table)
     runs, costs, rows = run_thresholds(score_exits(table, policy)), np.asarray(table.costs), np.arange(len(table))
     taken = runs.taken[:-1]  # the last is no threshold of this criterion
-    kept = np.array([values[rows, run].mean() for run in taken])
+    lost = np.array([losses[rows, run].mean() for run in taken])
     spent = costs[taken].mean(axis=1)
-    allowed = np.flatnonzero(kept >= values[:, -1].mean() - max_lost / 100)  # the first, nobody leaves, is among them
+    allowed = np.flatnonzero(lost <= max_lost / 100)  # the first, nobody leaves, is among them
     best = int(allowed[spent[allowed].argmin()])
     return ExitPolicy() if best == 0 else replace(policy, threshold=float(runs.thresholds[best]), certificate=None)
 
