@@ -172,7 +172,7 @@ Made by `make docs` from docs/records/criteria.json (`python benchmarks/criteria
 
 ## The criteria compared
 
-MiniLM (6 blocks) on movie reviews, product reviews and tweets, three seeds each: fine-tuned with an exit 0, as `train` makes a model (but of before its gates were held at 1), fine-tuned without, and converted without, as `convert` does: {len(models)} models. Every model
+MiniLM (6 blocks) on movie reviews, product reviews and tweets, three seeds each: fine-tuned with an exit 0, as `train` makes a model, fine-tuned without, and converted without, as `convert` does: {len(models)} models. Every model
 leaves an exit table of rows that it has not seen; the table is halved at random {record["splits"]} times, what is learned is learned on one half, and each half is measured
 once. Losses are against full depth of the same model. Criteria and their dials are described in [Exit policies](exit-policies.md).
 

@@ -193,7 +193,7 @@ It is the one exit that explains itself (`explain_lexical_exit` in `transformers
 
 Made by `make docs` from docs/records/lexical.json (`python benchmarks/lexical.py`), on {machine(record)}. MiniLM (6 blocks), mean and standard deviation over the seeds. Models with and without
 exit 0 are trained on the same rows, by the recipe `taught` ([recipes](model.md#training-recipes)); `converted` means a frozen classifier with exits that were
-taught without labels. (Fine-tuned models with exit 0 are of before its gates were held at 1.)
+taught without labels.
 
 Layer speedup at which no more than one point of accuracy is lost **against the model without exit 0 at full depth** (mean over {2 * record["splits"]} halvings; exit 0 counts 2 % of a block):
 
