@@ -4,15 +4,14 @@ import os
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a hub
+# Tiny models gain nothing from threads, and the tests run in several processes. numpy reads it when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import pytest
-import torch
 
 from tiny import EVERY_FAMILY, FAMILIES, tiny_model
 from transformers_badge.demo.sources import encoder_path, read_reviews
-
-
-torch.set_num_threads(1)  # tiny models gain nothing from more, and the tests run in several processes
 
 
 @pytest.fixture(params=sorted(FAMILIES))
