@@ -226,7 +226,7 @@ same rows is as asked for, without a guarantee.
 
 {markdown_table(["model", "risk", "criterion", "violations", "layer speedup", "violations, uncertified", "layer speedup, uncertified"], guarantee_rows)}
 
-A certificate for disagreement leaves {kept_by_certifying(guarantee, "disagreement")} of the speedup without one, for the increase in errors {kept_by_certifying(guarantee, "error_increase")}. Least of it with exit 0 (these four rows are of before it joined in after the fine-tuning): accuracy falls slowly there while more and
+A certificate for disagreement leaves {kept_by_certifying(guarantee, "disagreement")} of the speedup without one, for the increase in errors {kept_by_certifying(guarantee, "error_increase")}. Least of it with exit 0: accuracy falls slowly there while more and
 more answers change, for the better and for the worse, and where many change, some hundred rows cannot tell an increase of 1 % from none. More rows can.
 
 ## Replaying
