@@ -60,14 +60,28 @@ def bert_model():
 
 
 @pytest.fixture(scope="module")
-def exports(bert_model, tmp_path_factory):
-    """A checkpoint with its exports in it."""
-    folder = tmp_path_factory.mktemp("checkpoint")
+def traced(bert_model, tmp_path_factory):
+    """A checkpoint with its exports in it, and the graphs of their stages; traced once for both, for it takes long."""
+    folder, stages = tmp_path_factory.mktemp("checkpoint"), {}
+
+    def trace_once(model):
+        if not stages:
+            stages.update(_trace_stages(model))
+        return stages
+
     bert_model.save_pretrained(folder)
-    for precision in ("fp32", "int8"):
-        target = folder / f"onnxruntime-{precision}"
-        export_onnx(bert_model, tiny_tokenizer(), target, precision, source=digest_weights(folder))
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_export, "_trace_stages", trace_once)
+        for precision in ("fp32", "int8"):
+            target = folder / f"onnxruntime-{precision}"
+            export_onnx(bert_model, tiny_tokenizer(), target, precision, source=digest_weights(folder))
+    return folder, stages
+
+
+@pytest.fixture(scope="module")
+def exports(traced):
+    """A checkpoint with its exports in it."""
+    return traced[0]
 
 
 @pytest.fixture(scope="module")
@@ -185,11 +199,9 @@ def test_int8_is_near_and_answers_no_row_by_its_neighbours(bert_model, int8):
     np.testing.assert_allclose(alone, together, atol=1e-4)
 
 
-def test_rowwise_int8_does_not_mix_rows_as_onnxruntimes_own_does(tmp_path):
+def test_rowwise_int8_does_not_mix_rows_as_onnxruntimes_own_does(traced, tmp_path):
     """The negative control: one scale for a batch changes answers by more than rounding."""
-    model = tiny_model("bert", exit_layers=[0, 1, 2], lexical_exit=True, encoder={"num_hidden_layers": 2})
-    model.encoder.set_attn_implementation("eager")
-    stage = _trace_stages(model)[exit_stage(2)]
+    stage = traced[1][exit_stage(4)]
     exact, own = tmp_path / "exact.onnx", tmp_path / "own.onnx"
     onnx.save(stage, exact)
     quantize_dynamic(exact, own, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul"])
@@ -435,13 +447,10 @@ def test_a_torch_that_is_too_old_for_exports_is_named(bert_model, tmp_path, monk
 
 def test_what_goes_wrong_in_an_export_leaves_the_earlier_one(bert_model, export, tmp_path, monkeypatch):
     before = {path.name: path.read_bytes() for path in export.iterdir()}
-
-    def graph_of_other_weights(model):
-        return _trace_stages(tiny_model("bert", seed=3, exit_layers=[0, 2, 4], lexical_exit=True))
-
-    monkeypatch.setattr(onnx_export, "_trace_stages", graph_of_other_weights)
-    with pytest.raises(ValueError, match="ONNX Runtime answers otherwise than the model: exit 2 is off by"):
-        export_onnx(bert_model, tiny_tokenizer(), export)
+    small = [tiny_model("bert", seed=seed, exit_layers=[1], encoder={"num_hidden_layers": 1}) for seed in (0, 3)]
+    monkeypatch.setattr(onnx_export, "_trace_stages", lambda model: _trace_stages(small[1]))
+    with pytest.raises(ValueError, match="ONNX Runtime answers otherwise than the model: exit 1 is off by"):
+        export_onnx(small[0], tiny_tokenizer(), export)
     assert {path.name: path.read_bytes() for path in export.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
     with pytest.raises(ValueError, match="precision must be one of fp32, int8, got 'fp8'"):
