@@ -109,7 +109,7 @@ def _pruning(record: dict[str, Any], machine: Callable[[dict[str, Any]], str]) -
             lines.append(f"| {' | '.join([size, ENGINE_NAMES[engine], *cells, product])} |")
     return (
         f"`python benchmarks/pruned.py demo-output/checkpoint`: the demo's encoder, and the same with the {100 * (1 - record['keep']):.0f} % of every feed-forward layer's neurons taken out that have the smallest weights, "
-        f"fine-tuned alike (`--full`); the whole one's threshold is expected to lose at most {record['max_lost']:g} points, the pruned one's saves as many layers on the same held-out rows; {record['rounds']} rounds in turns; {machine(record)}. (Of before exit 0 joined in after the fine-tuning.)\n\n"
+        f"fine-tuned alike (`--full`); the whole one's threshold is expected to lose at most {record['max_lost']:g} points, the pruned one's saves as many layers on the same held-out rows; {record['rounds']} rounds in turns; {machine(record)}.\n\n"
         + "\n".join(lines)
     )
 
