@@ -180,10 +180,8 @@ def expected_losses(table: ExitTable) -> Array:
         rows, questions = differ = np.nonzero(given[..., index] != last[..., 0])
         mine, its = given[..., index][differ], last[..., 0][differ]
         odds = logs[rows, questions, :, its] - logs[rows, questions, :, mine]
-        it_is_right, either = (
-            truth[rows, questions, its],
-            truth[rows, questions, its] + truth[rows, questions, mine] > 0,
-        )
+        it_is_right = truth[rows, questions, its]
+        either = it_is_right + truth[rows, questions, mine] > 0
         fitted = _logistic(odds[either], it_is_right[either], np.append(weights, 0.0), _DISAGREEMENT, _DISAGREEMENT)
         share = expit(odds @ fitted[:-1] + fitted[-1])
         both = pooled[rows, questions, its] + pooled[rows, questions, mine]
