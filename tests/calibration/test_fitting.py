@@ -273,16 +273,16 @@ def test_expected_losses_have_less_noise_than_counting(problem_type):
         return replace(table, exit_logits=table.exit_logits / FACTORS[:, None] / 2 + noise)
 
     def lost(losses, table):
-        """By a policy that lets the surest half leave at the second exit."""
+        """By a policy that lets the surest three quarters leave at the second exit."""
         sure = exit_probabilities(table.exit_logits, problem_type)[:, :, 1].max(axis=-1).min(axis=1)
-        return np.where(sure > np.median(sure), losses[:, 1], 0).mean()
+        return np.where(sure > np.quantile(sure, 0.25), losses[:, 1], 0).mean()
 
     everything = make(50_000, 999)
     truth = lost(counted_losses(everything), everything)
     tables = [make(300, seed) for seed in range(40)]
     expected = np.array([lost(expected_losses(table), table) for table in tables])
     counted = np.array([lost(counted_losses(table), table) for table in tables])
-    assert truth > 0.01
+    assert truth > 0.02
     assert expected.mean() == pytest.approx(truth, abs=0.01)
     assert np.sqrt(((expected - truth) ** 2).mean()) < 0.9 * np.sqrt(((counted - truth) ** 2).mean())
 
