@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from lexical_docs import of_task, spread
+from lexical_docs import of_task, span, spread
 from transformers_badge.evaluation.plots import HIGHLIGHTED, line_color
 from transformers_badge.evaluation.report import markdown_table
 
@@ -143,7 +143,7 @@ def kept_by_certifying(guarantee: dict[str, Any], risk: str) -> str:
     """What a certificate leaves of the speedup without one, from the least to the most of the runs of a risk."""
     runs = [entry for entry in guarantee["runs"] if entry["risk"] == risk]
     kept = [entry["certified"]["layer_speedup"] / entry["uncertified"]["layer_speedup"] for entry in runs]
-    return f"{min(kept):.2f} to {max(kept):.2f}"
+    return span(kept, 2)
 
 
 def write_criteria(root: Path, record: dict[str, Any], guarantee: dict[str, Any], machine: str) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lexical_docs import span
 from transformers_badge.evaluation.benchmark_report import ENGINE_NAMES, ratios, render_benchmark, title_of
 from transformers_badge.evaluation.plots import plot_engines
 from transformers_badge.evaluation.timing import with_spread
@@ -24,7 +25,7 @@ def write_engines(
     figures = "\n\n".join(
         [
             "The checkpoint of `make demo DEMO_ARGS=--full` (MiniLM, 6 blocks, exit 0, movie reviews) and its test rows in the order of arrival, padded to the longest of each batch. The threshold is, for each "
-            f"engine, the fastest that is expected to lose at most {record['max_lost']:g} points of accuracy, as 2,000 other rows have it; on these {record['rows']:,} it loses {' to '.join(dict.fromkeys(f'{points:.1f}' for points in (min(lost), max(lost))))}. `python benchmarks/engines.py demo-output/checkpoint --calibration-rows 2000` on {machine(record)}, ONNX Runtime "
+            f"engine, the fastest that is expected to lose at most {record['max_lost']:g} points of accuracy, as 2,000 other rows have it; on these {record['rows']:,} it loses {span(lost)}. `python benchmarks/engines.py demo-output/checkpoint --calibration-rows 2000` on {machine(record)}, ONNX Runtime "
             f"{record['machine']['onnxruntime']}; "
             + ", ".join(
                 f"{entry['rows']} rows" + f" at batch size {size}" for size, entry in record["batch_sizes"].items()
@@ -51,24 +52,19 @@ def write_engines(
 
 def _at_the_same_time(record: dict[str, Any]) -> str:
     """What leaving at one exit is worth in the time of early exit: rows are shared between the two exits next to it."""
-    cells = []
+    ahead: dict[str, dict[str, float]] = {"early exit": {}, "stream": {}}
     for engine, entry in record["engines"].items():
         for size, by_size in record["batch_sizes"].items():
             milliseconds = by_size["milliseconds_per_row"]
             one, deeper = (milliseconds[f"{kind}, {engine}"] for kind in ("truncated", "deeper"))
-            for kind in ("early exit", "stream"):
+            for kind, points in ahead.items():
                 share = min(max((milliseconds[f"{kind}, {engine}"] - one) / (deeper - one), 0.0), 1.0)
                 shared = entry["truncated"] + share * (entry["deeper"] - entry["truncated"])
-                cells.append((entry["early_exit"] - shared, kind, engine, size))
-
-    def ahead(kind: str) -> str:
-        points = [cell[0] for cell in cells if cell[1] == kind]
-        return f"{min(points):.1f} to {max(points):.1f}"
-
-    behind = [f"{ENGINE_NAMES[engine]} at batch size {size}" for points, _, engine, size in cells if points <= 0]
+                points[f"{title_of(f'{kind}, {engine}')} at batch size {size}"] = entry["early_exit"] - shared
+    behind = [name for points in ahead.values() for name, lead in points.items() if lead <= 0]
     return (
         "Early exit takes a time between those of two exits, or less. Were rows shared between these two so that they take the same time, answers would by engine and batch size be right "
-        f"{ahead('early exit')} points less often than with early exit batch by batch, and {ahead('stream')} points less often than streamed."
+        f"{span(ahead['early exit'].values())} points less often than with early exit batch by batch, and {span(ahead['stream'].values())} points less often than streamed."
         + (f" (Not less often: {', '.join(behind)}.)" if behind else "")
     )
 

@@ -1,5 +1,6 @@
 """docs/exit-zero.md, from the records of `lexical.py` and of the demo; `write_docs.py` calls it."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,12 @@ def named(models: list[dict[str, Any]]) -> str:
 def spread(values: Any, unit: str = "x", digits: int = 2) -> str:
     """Mean and standard deviation over seeds."""
     return f"{np.mean(values):.{digits}f}{unit} +- {np.std(values, ddof=1):.{digits}f}"
+
+
+def span(values: Collection[float], digits: int = 1) -> str:
+    """The least and the greatest; one number where they print alike."""
+    ends = dict.fromkeys(f"{value:.{digits}f}" for value in (min(values), max(values)))
+    return " to ".join(ends)
 
 
 def speedups(models: list[dict[str, Any]], name: str, index: int) -> Any:
