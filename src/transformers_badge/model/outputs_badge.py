@@ -1,6 +1,6 @@
 """What the model returns, and the state that it carries from block to block."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -50,5 +50,5 @@ class BlockState:
     hidden_states: Tensor | None = None  # (rows, tokens, hidden), h: the encoder's stream; None before the embedding
     bypass_state: Tensor | None = None  # b, (rows, hidden), or of the shape of h; None stands for zeros
     pooled: Tensor | None = None  # (rows, hidden), what the exit here classifies; None where there is none
-    # What the blocks need besides, made by the adapter for these rows and columns.
-    block_arguments: dict[str, Any] = field(default_factory=dict)
+    # What the blocks need besides, made by the adapter for these rows and columns; None until they meet a block.
+    block_arguments: dict[str, Any] | None = None

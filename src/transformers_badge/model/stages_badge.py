@@ -82,14 +82,18 @@ class BadgeStages:
             positions = self.adapter.position_ids(self.encoder.config, columns, state.inputs["input_ids"], mask)
         with self._encoder_gradients():
             hidden_states = self.adapter.embed(self.encoder, {**state.inputs, "position_ids": positions}, mask)
-            arguments = self.adapter.block_arguments(self.encoder, hidden_states, mask, positions)
-        return replace(state, inputs={}, position_ids=positions, hidden_states=hidden_states, block_arguments=arguments)
+        return replace(state, inputs={}, position_ids=positions, hidden_states=hidden_states)
 
     def run_block(self, layer: int, state: BlockState) -> BlockState:
         """Block `layer` (from 1), its bypass, and what its exit reads."""
         assert state.hidden_states is not None
+        arguments = state.block_arguments
         with self._encoder_gradients():
-            hidden_states = self.adapter.run_block(self.encoder, layer, state.hidden_states, state.block_arguments)
+            if arguments is None:  # these rows and columns have met no block yet
+                arguments = self.adapter.block_arguments(
+                    self.encoder, state.hidden_states, state.attention_mask, state.position_ids
+                )
+            hidden_states = self.adapter.run_block(self.encoder, layer, state.hidden_states, arguments)
         bypass_state, pooled, onward = state.bypass_state, None, 1.0
         on_tokens = self.config.bypass_reads != "pooled"
         if on_tokens and layer in self.bypass_layers:
@@ -111,6 +115,7 @@ class BadgeStages:
             hidden_states=scale_gradient(hidden_states, onward),
             bypass_state=None if bypass_state is None else scale_gradient(bypass_state, onward),
             pooled=pooled,
+            block_arguments=arguments,
         )
 
     def read_exit(self, exit_index: int, state: BlockState) -> Tensor:
@@ -135,12 +140,13 @@ class BadgeStages:
 
     def compact(self, state: BlockState, rows: Any, columns: slice, padded: bool) -> BlockState:
         """Keep these rows (`None`: all) and columns of the state."""
+        index = None if rows is None else torch.from_numpy(rows).to(self.device)
 
         def keep(tensor: Tensor | None, shared: bool = False, pooled: bool = False) -> Tensor | None:
             if tensor is None:
                 return None
             kept = tensor if pooled else tensor[:, columns]
-            return kept if rows is None or shared else kept.index_select(0, torch.from_numpy(rows).to(kept.device))
+            return kept if index is None or shared else kept.index_select(0, index)
 
         hidden_states = keep(state.hidden_states)
         mask = keep(state.attention_mask) if padded else None
@@ -153,8 +159,6 @@ class BadgeStages:
             keep(state.lexical_logits, pooled=True),
             hidden_states,
             keep(state.bypass_state, pooled=self.config.bypass_reads == "pooled"),
-            None,
-            self._block_arguments(hidden_states, mask, positions),
         )
 
     def merge(self, states: list[BlockState], masks: list[Any]) -> tuple[BlockState, Any]:
@@ -188,8 +192,6 @@ class BadgeStages:
             join([state.lexical_logits for state in states], pooled=True),
             hidden_states,
             join([state.bypass_state for state in states], pooled=self.config.bypass_reads == "pooled"),
-            None,
-            self._block_arguments(hidden_states, attention_mask, positions),
         )
         return merged, mask
 
@@ -208,12 +210,6 @@ class BadgeStages:
     def _attention_mask(self, mask: Any) -> Tensor | None:
         """(rows, tokens), int64, of a mask in numpy; `None` where nothing is padded."""
         return None if mask.all() else torch.from_numpy(mask).to(self.device, torch.long)
-
-    def _block_arguments(self, hidden_states: Tensor | None, mask: Tensor | None, positions: Tensor | None) -> Any:
-        """What every block of these rows takes; nothing before they are embedded."""
-        if hidden_states is None:
-            return {}
-        return self.adapter.block_arguments(self.encoder, hidden_states, mask, positions)
 
     def _bypass(self, layer: int, reading: Tensor, bypass_state: Tensor | None) -> Tensor:
         """The next bypass state, from what the bypass at this layer reads of the encoder."""
