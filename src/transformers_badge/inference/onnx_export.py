@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers.utils.versions import require_version
 
-from transformers_badge.inference.named_stages import ARGUMENTS, argument, exit_stage
+from transformers_badge.inference.named_stages import ARGUMENTS, LexicalWeights, argument, exit_stage
 from transformers_badge.inference.onnx_stages import GRAPH, LEXICAL, RENEWED, OnnxStages, import_onnxruntime
 from transformers_badge.inference.predictor import FORMAT, MANIFEST, digest_file
 from transformers_badge.inference.stage_modules import (
@@ -98,18 +98,18 @@ def export_onnx(
     # Of its own, in fp32, and with attention as ONNX Runtime likes it best.
     ours = copy.deepcopy(model).float().cpu().eval()
     ours.encoder.set_attn_implementation("eager")
+    lexical = LexicalWeights.of(ours)
+    hashing = None if lexical is None else dict(lexical.hashing)
 
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
-        if ours.config.lexical_exit:
-            weight, bias = ours.exits[0].weight.clone(), ours.exits[0].bias
-            weight[0] = 0.0  # what is no n-gram
-            save_file({"weight": weight, "bias": bias}, unfinished / LEXICAL)
+        if lexical is not None:
+            save_file({"weight": lexical.weight, "bias": lexical.bias}, unfinished / LEXICAL)
         stages = _trace_stages(ours)
         onnx.save(join_stages(stages), unfinished / GRAPH)
-        _compare(ours, unfinished)
+        _compare(ours, unfinished, hashing)
         if precision == "int8":
             stages = {name: quantize_rowwise(stage) for name, stage in stages.items()}
             onnx.save(join_stages(stages), unfinished / GRAPH)
@@ -133,7 +133,7 @@ def export_onnx(
             "vocab_size": ours.config.get_text_config().vocab_size,
             "padding_id": ours.padding_id,
             "source": source,
-            "lexical": _hashing(ours.config),
+            "lexical": hashing,
             "files": files,
             "digest": hashlib.sha256(" ".join(files.values()).encode()).hexdigest()[:16],
         }
@@ -147,13 +147,6 @@ def export_onnx(
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder
-
-
-def _hashing(config: Any) -> dict[str, Any] | None:
-    """What `ngram_buckets` needs to know, if there is a lexical exit."""
-    if not config.lexical_exit:
-        return None
-    return {"ignored_ids": config.ignored_ids, "ngrams": config.lexical_ngrams, "buckets": config.lexical_buckets}
 
 
 @torch.no_grad()
@@ -238,13 +231,13 @@ def _quiet() -> Iterator[None]:
 
 
 @torch.no_grad()
-def _compare(model: Any, folder: Path) -> None:
+def _compare(model: Any, folder: Path, hashing: dict[str, Any] | None) -> None:
     """See that the graphs answer as the model does, also for other shapes than they were traced with.
 
     Raises:
         ValueError: they do not.
     """
-    stages = OnnxStages(folder, model.exit_layers, model.padding_id, _hashing(model.config))
+    stages = OnnxStages(folder, model.exit_layers, model.padding_id, hashing)
     generator = torch.Generator().manual_seed(1)
     for rows, tokens in ((1, 1), (1, 5), (5, 12)):
         ids = torch.randint(0, model.config.get_text_config().vocab_size, (rows, tokens), generator=generator)

@@ -11,8 +11,14 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from transformers_badge.inference.named_stages import NamedStages, NamedState, stage_names
-from transformers_badge.model.ngrams_badge import ngram_buckets, ngram_logits
+from transformers_badge.inference.named_stages import (
+    LexicalWeights,
+    NamedStages,
+    NamedState,
+    join_on_host,
+    keep_host_rows,
+    stage_names,
+)
 
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -33,7 +39,7 @@ class OnnxStages(NamedStages):
         folder: of an export.
         exit_layers: depths that have an exit.
         padding_id: the token id for padding.
-        lexical: how exit 0 hashes: ngrams, buckets, ignored_ids; `None`: there is none.
+        hashing: how exit 0 hashes, see `LexicalWeights`; `None`: there is no such exit.
         provider: an execution provider of ONNX Runtime.
         threads: how many threads work on one product. Default: a thread per core.
 
@@ -48,7 +54,7 @@ class OnnxStages(NamedStages):
         folder: Path,
         exit_layers: Sequence[int],
         padding_id: int = 0,
-        lexical: Mapping[str, Any] | None = None,
+        hashing: Mapping[str, Any] | None = None,
         provider: str = "CPUExecutionProvider",
         threads: int | None = None,
     ) -> None:
@@ -68,8 +74,8 @@ class OnnxStages(NamedStages):
             )
         except Exception as error:  # its errors have no common class but this
             raise ValueError(f"ONNX Runtime cannot read {folder / GRAPH}: {error}. Export the model again.") from error
-        super().__init__(exit_layers, padding_id)
-        self._lexical = None if lexical is None else (dict(lexical), *_lexical_weights(folder / LEXICAL))
+        lexical = None if hashing is None else LexicalWeights(dict(hashing), *_lexical_weights(folder / LEXICAL))
+        super().__init__(exit_layers, padding_id, lexical)
         self._places = {name: np.array(place) for place, name in enumerate(stage_names(exit_layers))}
         self._outputs: dict[str, list[str]] = {name: [] for name in self._places}
         for value in self._session.get_outputs():
@@ -83,12 +89,6 @@ class OnnxStages(NamedStages):
             for value in self._session.get_inputs()
         }
 
-    def lexical_logits(self, input_ids: Array, attention_mask: Array) -> Array:
-        """What exit 0 says; in numpy, since a graph of its many small steps takes four times as long."""
-        assert self._lexical is not None
-        hashing, weight, bias = self._lexical
-        return ngram_logits(ngram_buckets(input_ids, attention_mask, **hashing), weight, bias)
-
     def from_host(self, array: Array) -> Array:
         """It is one."""
         return array
@@ -97,16 +97,13 @@ class OnnxStages(NamedStages):
         """They are there."""
         return logits.astype(np.float64)
 
-    def keep_rows(self, array: Array, rows: Array | None) -> Array:
-        """These rows of an array."""
-        return np.ascontiguousarray(array if rows is None else array[rows])
+    def keep_rows(self, arrays: list[Array], rows: Array | None) -> list[Array]:
+        """These rows of arrays."""
+        return keep_host_rows(arrays, rows)
 
     def join(self, arrays: list[Array], width: int, padding: int) -> Array:
         """Arrays below one another."""
-        if width:
-            more = (((0, 0), (0, width - array.shape[1]), *[(0, 0)] * (array.ndim - 2)) for array in arrays)
-            arrays = [np.pad(a, pad, constant_values=padding) for a, pad in zip(arrays, more, strict=True)]
-        return np.concatenate(arrays)
+        return join_on_host(arrays, width, padding)
 
     def run(self, stage: str, state: NamedState) -> NamedState:
         """The state with what the stage made in it."""

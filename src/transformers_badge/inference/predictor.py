@@ -72,6 +72,7 @@ class BadgePredictor:
         *,
         provider: str | None = None,
         threads: int | None = None,
+        device: str | None = None,
     ) -> "BadgePredictor":
         """Load what `transformers-badge export` made, or compile a checkpoint.
 
@@ -83,12 +84,13 @@ class BadgePredictor:
             provider: onnxruntime only: an execution provider. Default: "CPUExecutionProvider".
             threads: onnxruntime only: how many threads work on one product. Default: one per core. (The engine
                 compiled has those of `torch.set_num_threads`.)
+            device: compiled only: "cuda" for a GPU, where the stages run as CUDA graphs. Default: "cpu".
 
         Raises:
             ModuleNotFoundError: the engine is not installed.
             OSError: there is no such export, or a file of it is missing.
-            ValueError: an unknown engine, a provider that is not here, a file that is not what was exported, an
-                export of another version, or one of other weights than the checkpoint's.
+            ValueError: an unknown engine, a provider or a device that is not here, a file that is not what was
+                exported, an export of another version, or one of other weights than the checkpoint's.
         """
         if engine not in ENGINES:
             raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}.")
@@ -97,7 +99,9 @@ class BadgePredictor:
                 raise ValueError("provider and threads are ONNX Runtime's: leave them out with engine='compiled'.")
             from transformers_badge.inference.compiled_stages import load_compiled
 
-            return cls(*load_compiled(name_or_path, precision))
+            return cls(*load_compiled(name_or_path, precision, device))
+        if device is not None:
+            raise ValueError("device is of the engine compiled: for ONNX Runtime choose a provider instead.")
         folder = find_export(name_or_path, precision)
         manifest = read_manifest(folder)
         from transformers import AutoTokenizer, PreTrainedConfig
@@ -107,7 +111,7 @@ class BadgePredictor:
             folder,
             manifest["exit_layers"],
             manifest["padding_id"],
-            lexical=manifest["lexical"],
+            hashing=manifest["lexical"],
             threads=threads,
             **given,
         )

@@ -11,11 +11,15 @@ from transformers_badge.model.outputs_badge import BlockState
 
 
 class FirstBlocksAndExit(nn.Module):
-    """The embedding, the blocks up to the first exit that has any before it, and that exit."""
+    """The embedding, the blocks up to the first exit that has any before it, and that exit.
 
-    def __init__(self, model: Any, exit_index: int) -> None:
+    Args:
+        with_arguments: also hand on what the next blocks need besides, as `BlocksAndExit` takes it.
+    """
+
+    def __init__(self, model: Any, exit_index: int, with_arguments: bool = True) -> None:
         super().__init__()
-        self.model, self.exit_index = model, exit_index
+        self.model, self.exit_index, self.with_arguments = model, exit_index, with_arguments
 
     def forward(
         self,
@@ -33,7 +37,7 @@ class FirstBlocksAndExit(nn.Module):
         outputs = run_to_exit(self.model, self.exit_index, replace(state, position_ids=positions, block_arguments=made))
         if "hidden_states" not in outputs:
             return outputs
-        return {**outputs, **present(position_ids=positions), **name_arguments(made)}
+        return {**outputs, **present(position_ids=positions), **(name_arguments(made) if self.with_arguments else {})}
 
 
 class Arguments(nn.Module):
@@ -73,6 +77,27 @@ class BlocksAndExit(nn.Module):
     ) -> dict[str, Tensor]:
         """As in `BlockState`; arguments in the order of `name_arguments`."""
         made = _fill(self.structure, iter(arguments))
+        state = BlockState({}, attention_mask, None, lexical_logits, hidden_states, bypass_state, None, made)
+        return run_to_exit(self.model, self.exit_index, state)
+
+
+class ArgumentsBlocksAndExit(nn.Module):
+    """The blocks since one exit, and the next; what blocks need besides is made here."""
+
+    def __init__(self, model: Any, exit_index: int) -> None:
+        super().__init__()
+        self.model, self.exit_index = model, exit_index
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor | None = None,
+        bypass_state: Tensor | None = None,
+        lexical_logits: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """As in `BlockState`."""
+        made = block_arguments(self.model, hidden_states, attention_mask, position_ids)
         state = BlockState({}, attention_mask, None, lexical_logits, hidden_states, bypass_state, None, made)
         return run_to_exit(self.model, self.exit_index, state)
 
