@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from lexical_docs import span
-from transformers_badge.evaluation.benchmark_report import ENGINE_NAMES, ratios, render_benchmark, title_of
+from transformers_badge.evaluation.benchmark_report import (
+    ENGINE_NAMES,
+    engine_names,
+    ratios,
+    render_benchmark,
+    title_of,
+)
 from transformers_badge.evaluation.plots import plot_engines
 from transformers_badge.evaluation.timing import with_spread
 
@@ -16,6 +22,8 @@ def write_engines(
     record: dict[str, Any],
     regroup: dict[str, Any],
     bf16: dict[str, Any],
+    gpu: dict[str, Any],
+    regroup_gpu: dict[str, Any],
     pruned: dict[str, Any],
     machine: Callable[[dict[str, Any]], str],
 ) -> None:
@@ -41,6 +49,7 @@ def write_engines(
     parts = {
         "figures": figures,
         "bf16": _bf16(bf16, machine),
+        "gpu": _gpu(gpu, regroup_gpu, machine),
         "pruning": _pruning(pruned, machine),
         "regrouping": _regrouping(regroup, machine),
     }
@@ -71,18 +80,40 @@ def _at_the_same_time(record: dict[str, Any]) -> str:
 
 def _bf16(record: dict[str, Any], machine: Callable[[dict[str, Any]], str]) -> str:
     """What half precision is worth where the processor has it."""
-    entry, sizes = record["engines"]["bf16"], record["batch_sizes"]
+    entry = record["engines"]["bf16"]
+    return (
+        f"`python benchmarks/engines.py demo-output/checkpoint --calibration-rows 2000 --engine bf16`, on {machine(record)}: {entry['full_depth']:.2f} % at full depth, {entry['early_exit']:.2f} % with early exit, {entry['layer_speedup']:.2f}x in layers. (On another processor than the figures above, with a model of before exit 0 joined in after the fine-tuning.)\n\n"
+        + _times_and_ratios(record)
+    )
+
+
+def _gpu(record: dict[str, Any], regroup: dict[str, Any], machine: Callable[[dict[str, Any]], str]) -> str:
+    """What early exit is worth on a GPU."""
+    entries, sizes = record["engines"].values(), record["batch_sizes"]
+    speedup = regroup["wall_clock_speedup"]["regrouped over shrinking"]
+    full, early = (span([entry[name] for entry in entries], 2) for name in ("full_depth", "early_exit"))
+    seconds = {name: contender["median_seconds"] for name, contender in regroup["contenders"].items()}
+    return (
+        "The checkpoint above in the shape of BERT-base, `python benchmarks/base_shape.py demo-output/checkpoint`: 12 blocks of width 768 and exits after every second of them, which answer as the 6 blocks of MiniLM do. "
+        f"`python benchmarks/engines.py bench-output/base-shape --calibration-rows 2000 --device cuda`, with {' and '.join(f'--batch-size {size}' for size in sizes)}, on {machine(record)}, CUDA {record['machine']['cuda']}: "
+        f"{full} % at full depth, {early} % with early exit, {span([entry['layer_speedup'] for entry in entries], 2)}x in layers; {record['rounds']} rounds in turns.\n\n"
+        + _times_and_ratios(record)
+        + f"\n\nRegrouping, `python benchmarks/regroup.py --device cuda`, {regroup['rows']:,} rows in batches of {regroup['batch_size']} in PyTorch there: {seconds['regrouped']:.1f} seconds, against {seconds['shrinking']:.1f} without: {with_spread(speedup)}."
+    )
+
+
+def _times_and_ratios(record: dict[str, Any]) -> str:
+    """A table with milliseconds per row, and all ratios."""
+    sizes, names = record["batch_sizes"], engine_names(record)
     lines = ["| | " + " | ".join(f"batch {size}" for size in sizes) + " |", "| --- " * (len(sizes) + 1) + "|"]
-    for name in ("pipeline", "full, bf16", "early exit, bf16", "stream, bf16"):
+    ours = [f"{kind}, {engine}" for engine in record["engines"] for kind in ("full", "early exit", "stream")]
+    for name in ("pipeline", *ours):
         cells = [f"{by_size['milliseconds_per_row'][name]:.2f}" for by_size in sizes.values()]
-        lines.append(f"| {title_of(name)}, ms per row | {' | '.join(cells)} |")
+        lines.append(f"| {title_of(name, names)}, ms per row | {' | '.join(cells)} |")
     for name, title in ratios(record):
         cells = [with_spread(by_size["ratios"][name]) for by_size in sizes.values()]
         lines.append(f"| {title} | {' | '.join(cells)} |")
-    return (
-        f"`python benchmarks/engines.py demo-output/checkpoint --calibration-rows 2000 --engine bf16`, on {machine(record)}: {entry['full_depth']:.2f} % at full depth, {entry['early_exit']:.2f} % with early exit, {entry['layer_speedup']:.2f}x in layers. (On another processor than the figures above, with a model of before exit 0 joined in after the fine-tuning.)\n\n"
-        + "\n".join(lines)
-    )
+    return "\n".join(lines)
 
 
 def _pruning(record: dict[str, Any], machine: Callable[[dict[str, Any]], str]) -> str:

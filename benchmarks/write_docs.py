@@ -15,8 +15,12 @@ Example: python benchmarks/write_docs.py (`make docs`). To renew the records fir
     python benchmarks/fit_lexical.py                          -> lexical_fit.json
     python benchmarks/engines.py demo-output/checkpoint       -> engines/benchmark.json as engines.json
         (of demo --full, with --calibration-rows 2000; with --engine bf16 besides as engines_bf16.json)
+    python benchmarks/base_shape.py demo-output/checkpoint, and engines.py bench-output/base-shape
+        --calibration-rows 2000 --device cuda --engine compiled --engine bf16 --batch-size 1 --batch-size 32
+        --rows 64 --rounds 3                                  -> engines/benchmark.json as engines_gpu.json
     python benchmarks/pruned.py demo-output/checkpoint        -> pruned.json (of demo --full)
     python benchmarks/regroup.py --rounds 2 --contender regrouped --contender shrinking -> regroup.json
+        (with --device cuda besides as regroup_gpu.json)
 """
 
 import json
@@ -54,7 +58,8 @@ def machine(record: dict[str, Any]) -> str:
     """What a record was measured on."""
     what = record["machine"]
     threads = f"{what['threads']} thread{'s' if what['threads'] > 1 else ''}"
-    return f"{what['processor']}, {threads}, torch {what['torch']}, transformers {what['transformers']}"
+    gpu = f"{what['gpu']} with " if "gpu" in what else ""
+    return f"{gpu}{what['processor']}, {threads}, torch {what['torch']}, transformers {what['transformers']}"
 
 
 def how_given(timing: dict[str, Any]) -> str:
@@ -412,7 +417,16 @@ def main() -> None:
     criteria = load("criteria")
     write_criteria(ROOT, criteria, load("guarantee"), machine(criteria))
     write_exit_zero(ROOT, load("lexical"), load("lexical_time"), load("lexical_fit"), demo, machine)
-    write_engines(ROOT, load("engines"), load("regroup"), load("engines_bf16"), load("pruned"), machine)
+    write_engines(
+        ROOT,
+        load("engines"),
+        load("regroup"),
+        load("engines_bf16"),
+        load("engines_gpu"),
+        load("regroup_gpu"),
+        load("pruned"),
+        machine,
+    )
     plot_tradeoff(demo, ROOT / "docs" / "images" / "tradeoff.png")
 
 

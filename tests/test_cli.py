@@ -512,4 +512,7 @@ def test_a_benchmark_times_what_it_names(checkpoint, traffic, tmp_path, capsys):
     assert (tmp_path / "benchmark" / "benchmark.png").stat().st_size > 1000
     there = ["--output-dir", tmp_path / "other"]
     assert "--engine must be one of" in failing(capsys, "benchmark", checkpoint, *arguments, *there, "--engine", "tpu")
+    assert "There is no device 'tpu' here" in failing(
+        capsys, "benchmark", checkpoint, *arguments, *there, "--device", "tpu"
+    )
     assert not (tmp_path / "other").exists()

@@ -25,12 +25,15 @@ def benchmark(
         typer.Option(
             "--engine",
             help="eager, fp32, int8 (both in ONNX Runtime), compiled, bf16 (compiled, for processors that have it); "
-            "repeat. Default: all but bf16.",
+            "repeat. Default: all but bf16; on a GPU eager, compiled and bf16.",
         ),
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows that are timed; 8 batches at least.")] = 256,
     rounds: Annotated[int, typer.Option(min=1, help="How often each contender runs.")] = 5,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: as torch has it.")] = None,
+    device: Annotated[
+        str, typer.Option(help="Where torch runs: 'cuda' is a GPU, for the engines eager, compiled and bf16.")
+    ] = "cpu",
     text_column: Annotated[list[str], typer.Option(help="Column with the text; give it twice for pairs.")] = ["text"],  # noqa: B006
     label_column: Annotated[
         str | None, typer.Option(help="Column with the class. Default: 'label', if there is such a column.")
@@ -49,21 +52,25 @@ def benchmark(
     from transformers_badge.cli.tables import load_model, read_rows
     from transformers_badge.evaluation.benchmark import benchmark_checkpoint
     from transformers_badge.evaluation.benchmark_report import render_benchmark, write_benchmark
-    from transformers_badge.evaluation.contenders import ENGINES
+    from transformers_badge.evaluation.contenders import ENGINES, ON_PROCESSORS
     from transformers_badge.hub.checkpoint import check_checkpoint_folder
+    from transformers_badge.inference.compiled_stages import check_device
     from transformers_badge.inference.onnx_export import check_export_tools
     from transformers_badge.inference.predictor import BadgePredictor
     from transformers_badge.training.fine_tune import check_output_directory
 
-    engines = engines or [engine for engine in ENGINES if engine != "bf16"]
-    unknown = [engine for engine in engines if engine not in ENGINES]
+    on_gpu = check_device(device).type == "cuda"
+    here = [engine for engine in ENGINES if not (on_gpu and engine in ON_PROCESSORS)]
+    engines = engines or [engine for engine in here if on_gpu or engine != "bf16"]
+    unknown = [engine for engine in engines if engine not in here]
     if unknown:
-        raise ValueError(f"--engine must be one of {', '.join(ENGINES)}, got {unknown[0]!r}.")
+        where = " on a GPU" if on_gpu else ""
+        raise ValueError(f"--engine must be one of {', '.join(here)}{where}, got {unknown[0]!r}.")
     folder = check_checkpoint_folder(str(checkpoint))
     model, _ = load_model(str(folder))
     if isinstance(model, BadgePredictor):
         raise ValueError(f"{checkpoint} is an export: give the checkpoint that it was made of.")
-    if {"fp32", "int8"} & set(engines):
+    if set(ON_PROCESSORS) & set(engines):
         check_export_tools()
 
     def read(name: str) -> tuple[Any, Any]:
@@ -90,6 +97,7 @@ def benchmark(
             rounds=rounds,
             threads=threads or torch.get_num_threads(),
             engines=engines,
+            device=device,
             on_step=status.update,
         )
     files = write_benchmark(record, output_dir)

@@ -45,6 +45,7 @@ def benchmark_checkpoint(
     rounds: int = 5,
     threads: int = 1,
     engines: Sequence[str] = ENGINES,
+    device: str = "cpu",
     on_step: Callable[[str], Any] = lambda title: None,
 ) -> dict[str, Any]:
     """Time all contenders.
@@ -60,7 +61,8 @@ def benchmark_checkpoint(
         rows: how many rows are timed, at least; and BATCHES full batches, where there are so many rows.
         rounds: how often each contender runs, besides a warm-up.
         threads: of torch and of ONNX Runtime.
-        engines: of `ENGINES`.
+        engines: of `ENGINES`; on a GPU not those of `ON_PROCESSORS`.
+        device: where torch runs. On a GPU memory is not measured.
         on_step: told what comes next, for a progress bar.
 
     Returns:
@@ -68,9 +70,15 @@ def benchmark_checkpoint(
         `batch_sizes`, each with milliseconds_per_row (among them the ideal, see `ideal_milliseconds`), latency (p50
         and p99 of a batch, ms), ratios; `memory` in MiB; `profile`, the shares of a row's time.
     """
-    contenders = Contenders(checkpoint, folder, threads)
+    contenders = Contenders(checkpoint, folder, threads, device)
+    on_gpu = contenders.device.type == "cuda"
+    more = (
+        {"gpu": torch.cuda.get_device_name(contenders.device), "cuda": torch.version.cuda}
+        if on_gpu
+        else {"onnxruntime": importlib.metadata.version("onnxruntime")}
+    )
     record: dict[str, Any] = {
-        "machine": {**describe_machine(), "threads": threads, "onnxruntime": importlib.metadata.version("onnxruntime")},
+        "machine": {**describe_machine(), "threads": threads, **more},
         "rows": len(texts),
         "rounds": rounds,
         "measure": "agreement" if labels is None else "accuracy",
@@ -112,7 +120,7 @@ def benchmark_checkpoint(
         f"{kind}, {engine}": peak_memory(contenders, kind, engine, texts[:rows])
         for engine in engines
         for kind in MEMORY_KINDS
-        if engine not in COMPILED  # compiling takes more than running
+        if engine not in COMPILED and not on_gpu  # compiling takes more than running
     }
     record["memory_batch_size"] = MEMORY_BATCH
     return record
@@ -219,6 +227,8 @@ class ProfiledStages:
         def timed(*arguments: Any, **given: Any) -> Any:
             begin = time.perf_counter()
             result = value(*arguments, **given)
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
             self.add((name, arguments[0]) if name in ("run_block", "read_exit") else (name,), begin)
             return result
 

@@ -17,6 +17,7 @@ ENGINE_NAMES = {
     "int8": "ONNX Runtime int8",
     "bf16": "torch.compile bf16",
 }
+ON_GPU = {"compiled": "CUDA graphs", "bf16": "CUDA graphs bf16"}
 _KINDS = {
     "full": "full model",
     "truncated": "stopping at one exit",
@@ -30,7 +31,7 @@ _KINDS = {
 def write_benchmark(record: dict[str, Any], folder: Path) -> list[str]:
     """Write `benchmark.json`, `benchmark.md` and `benchmark.png`; returns the names of the files."""
     folder.mkdir(parents=True, exist_ok=True)
-    plot_engines(record, ENGINE_NAMES, folder / "benchmark.png")
+    plot_engines(record, engine_names(record), folder / "benchmark.png")
     files = {
         "benchmark.json": json.dumps(record, indent=1) + "\n",
         "benchmark.md": f"# Benchmark\n\n{render_benchmark(record)}\n\n![benchmark](benchmark.png)\n",
@@ -42,8 +43,14 @@ def write_benchmark(record: dict[str, Any], folder: Path) -> list[str]:
     return [*files, "benchmark.png"]
 
 
+def engine_names(record: dict[str, Any]) -> dict[str, str]:
+    """Engines in words."""
+    return ENGINE_NAMES | ON_GPU if "gpu" in record["machine"] else ENGINE_NAMES
+
+
 def render_benchmark(record: dict[str, Any]) -> str:
     """All tables, in Markdown."""
+    names = engine_names(record)
     sizes, engines = list(record["batch_sizes"]), list(record["engines"])
     by_size = record["batch_sizes"].values()
     contenders = [f"{kind}, {engine}" for kind in _KINDS for engine in engines]
@@ -60,7 +67,7 @@ def render_benchmark(record: dict[str, Any]) -> str:
                 ],
                 [
                     [
-                        ENGINE_NAMES[engine],
+                        names[engine],
                         f"{entry['full_depth']:.2f} %",
                         f"{entry['early_exit']:.2f} %",
                         f"{entry['layer_speedup']:.2f}x",
@@ -74,7 +81,7 @@ def render_benchmark(record: dict[str, Any]) -> str:
             _by_size(
                 sizes,
                 {
-                    title_of(name): [f"{entry['milliseconds_per_row'][name]:.2f}" for entry in by_size]
+                    title_of(name, names): [f"{entry['milliseconds_per_row'][name]:.2f}" for entry in by_size]
                     for name in [PIPELINE, *contenders]
                 },
             ),
@@ -88,13 +95,15 @@ def render_benchmark(record: dict[str, Any]) -> str:
             _by_size(
                 sizes,
                 {
-                    title_of(name): ["{p50:.1f} / {p99:.1f}".format(**entry["latency"][name]) for entry in by_size]
+                    title_of(name, names): [
+                        "{p50:.1f} / {p99:.1f}".format(**entry["latency"][name]) for entry in by_size
+                    ]
                     for name in [PIPELINE, *contenders]
                     if not name.startswith("stream")
                 },
             ),
             "Where a row's time goes with early exit, milliseconds per row:",
-            *[_profile(engine, record["profile"][engine]) for engine in engines],
+            *[_profile(names[engine], record["profile"][engine]) for engine in engines],
             *_memory(record),
         ]
     )
@@ -113,19 +122,19 @@ def _memory(record: dict[str, Any]) -> list[str]:
     ]
 
 
-def title_of(contender: str) -> str:
+def title_of(contender: str, names: dict[str, str] = ENGINE_NAMES) -> str:
     """A contender in words."""
     if contender == PIPELINE:
         return "transformers' pipeline, full model"
     kind, engine = contender.rsplit(", ", 1)
-    return f"{_KINDS[kind]}, {ENGINE_NAMES[engine]}"
+    return f"{_KINDS[kind]}, {names[engine]}"
 
 
 def ratios(record: dict[str, Any]) -> list[tuple[str, str]]:
     """Names of ratios in a record, and what they are in words."""
     found = []
     for engine in record["engines"]:
-        name, ours = ENGINE_NAMES[engine], f"early exit, {engine}"
+        name, ours = engine_names(record)[engine], f"early exit, {engine}"
         found += [
             (f"{ours} over {PIPELINE}", f"early exit {name} over transformers' pipeline"),
             (f"{ours} over full, {engine}", f"early exit {name} over the full model there"),
@@ -142,13 +151,13 @@ def ratios(record: dict[str, Any]) -> list[tuple[str, str]]:
     return [(name, title) for name, title in found if name in there]  # older records have fewer
 
 
-def _profile(engine: str, by_size: dict[str, Any]) -> str:
+def _profile(name: str, by_size: dict[str, Any]) -> str:
     rows = {
         part: [f"{entry[part]:.3f}" for entry in by_size.values()]
         for part in next(iter(by_size.values()))
         if max(entry[part] for entry in by_size.values()) > 0.002  # exported stages embed together with block 1
     }
-    return _by_size(list(by_size), rows, ENGINE_NAMES[engine])
+    return _by_size(list(by_size), rows, name)
 
 
 def _by_size(sizes: list[str], rows: dict[str, list[str]], title: str = "") -> str:

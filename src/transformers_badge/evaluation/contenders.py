@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from transformers_badge.inference.compiled_stages import check_device
+from transformers_badge.inference.cuda_graphs import CudaGraphs, most_positions
 from transformers_badge.inference.onnx_export import export_onnx
 from transformers_badge.inference.onnx_stages import import_onnxruntime
 from transformers_badge.inference.predict import token_limit
@@ -24,6 +26,7 @@ Run = Callable[[Texts, int], list[float]]  # texts and batch size to the seconds
 
 COMPILED = {"compiled": "fp32", "bf16": "bf16"}  # by torch.compile, and the precision
 # fp32 and int8 in ONNX Runtime; bf16 is compiled, for processors that have it.
+ON_PROCESSORS = ("fp32", "int8")
 ENGINES = ("eager", "fp32", "int8", "compiled", "bf16")
 
 
@@ -50,10 +53,11 @@ class Contenders:
         checkpoint: a BADGE checkpoint.
         folder: where graphs of ONNX Runtime go, or lie.
         threads: of torch and of ONNX Runtime.
+        device: where torch runs. On a GPU the full models run as CUDA graphs where ours do.
     """
 
-    def __init__(self, checkpoint: Path, folder: Path, threads: int) -> None:
-        self.checkpoint, self.folder, self.threads = checkpoint, folder, threads
+    def __init__(self, checkpoint: Path, folder: Path, threads: int, device: str = "cpu") -> None:
+        self.checkpoint, self.folder, self.threads, self.device = checkpoint, folder, threads, check_device(device)
         self.policies: dict[str, ExitPolicy] = {}  # by engine
         self.truncated_at: dict[str, int] = {}  # by engine: the index of the exit
         torch.set_num_threads(threads)
@@ -61,7 +65,7 @@ class Contenders:
     @cached_property
     def model(self) -> Any:
         """The checkpoint in PyTorch."""
-        return BadgeForSequenceClassification.from_pretrained(self.checkpoint).eval()
+        return BadgeForSequenceClassification.from_pretrained(self.checkpoint).eval().to(self.device)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -77,14 +81,14 @@ class Contenders:
 
         plain = AutoModelForSequenceClassification.from_config(self.model.config.encoder_config).eval()
         plain.base_model.load_state_dict(self.model.encoder.state_dict(), strict=False)
-        return plain
+        return plain.to(self.device)
 
     def engine(self, name: str) -> Any:
         """A model or predictor."""
         if name not in self._engines:
             if name in COMPILED:
                 self._engines[name] = BadgePredictor.from_pretrained(
-                    self.checkpoint, engine="compiled", precision=COMPILED[name]
+                    self.checkpoint, engine="compiled", precision=COMPILED[name], device=str(self.device)
                 )
             else:
                 export = self.folder / f"ours-{name}"
@@ -118,13 +122,14 @@ class Contenders:
             "deeper": lambda: self._stop_at(min(self.truncated_at[engine] + 1, len(self.model.exit_layers) - 1)),
             "nobody leaves": ExitPolicy,
         }[kind]()
-        return self._batches(lambda batch: model.early_exit_predict(**batch, policy=policy), tensors)
+        place = (lambda batch: batch.to(self.device)) if engine == "eager" else (lambda batch: batch)
+        return self._batches(lambda batch: model.early_exit_predict(**place(batch), policy=policy), tensors)
 
     def pipeline(self) -> Run:
         """transformers' own pipeline of the full model."""
         from transformers import pipeline
 
-        classify = pipeline("text-classification", model=self.plain, tokenizer=self.tokenizer)
+        classify = pipeline("text-classification", model=self.plain, tokenizer=self.tokenizer, device=self.device)
 
         def run(texts: Texts, size: int) -> list[float]:
             rows = [t if isinstance(t, str) else {"text": t[0], "text_pair": t[1]} for t in texts]
@@ -144,11 +149,19 @@ class Contenders:
         plain = self.plain
         if engine in COMPILED:
             plain = copy.deepcopy(plain).bfloat16() if engine == "bf16" else plain
-            plain = torch.compile(plain, dynamic=True)
+            plain = plain if self.device.type == "cuda" else torch.compile(plain, dynamic=True)
+
+        def answer(**batch: Any) -> dict[str, Any]:
+            return {"logits": plain(**batch).logits}
+
+        graphs = None
+        if engine in COMPILED and self.device.type == "cuda":
+            graphs = CudaGraphs({"full": answer}, self.device, self.model.max_tokens, most_positions(plain))
 
         def predict(batch: Any) -> Any:
             with torch.no_grad():
-                return plain(**batch).logits
+                made = graphs.run("full", dict(batch)) if graphs else answer(**batch.to(self.device))
+                return made["logits"].cpu()
 
         return predict, "pt"
 
