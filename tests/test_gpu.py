@@ -10,7 +10,7 @@ from transformers import Trainer, TrainingArguments, pipeline
 
 from tiny import FAMILIES, pad, random_rows, tiny_model, tiny_tokenizer
 from transformers_badge import BadgePredictor, ExitPolicy
-from transformers_badge.inference.compiled_stages import CompiledStages
+from transformers_badge.inference.graphed_stages import GraphedStages
 from transformers_badge.model.early_exit_badge import predict_with_policy
 from transformers_badge.model.stream_badge import stream_with_policy
 
@@ -54,8 +54,7 @@ def test_every_family(every_family):
 
 def test_every_family_in_cuda_graphs(every_family):
     model = model_of(every_family)
-    stages = CompiledStages(copy.deepcopy(model).cuda())
-    assert stages._graphs is not None
+    stages = GraphedStages(copy.deepcopy(model).cuda())
     rows = random_rows(LENGTHS)
     for batch in 2 * [pad(rows), pad(rows, "left"), pad(rows[3:4])]:
         for policy in (ExitPolicy(), POLICY):

@@ -7,8 +7,8 @@ import torch
 from tiny import FAMILIES, pad, random_rows, tiny_model
 from transformers_badge import BadgePredictor, ExitPolicy
 from transformers_badge.inference import cuda_graphs
-from transformers_badge.inference.compiled_stages import CompiledStages
 from transformers_badge.inference.cuda_graphs import CudaGraphs, Graph, bucket_rows, bucket_tokens
+from transformers_badge.inference.graphed_stages import GraphedStages
 from transformers_badge.model.early_exit_badge import predict_with_policy
 from transformers_badge.model.stream_badge import stream_with_policy
 
@@ -57,7 +57,7 @@ def test_buckets_hold_what_is_put_into_them():
 def test_every_family_answers_as_without_graphs(every_family):
     exits = [0, 1, 2, 4] if every_family in FAMILIES else [2, 4]
     model = tiny_model(every_family, exit_layers=exits, lexical_exit=exits[0] == 0)
-    stages = CompiledStages(model, graphs=PlayedGraphs)
+    stages = GraphedStages(model, graphs=PlayedGraphs)
     # Twice, so that all memory has been used before
     for batch in 2 * [pad(random_rows(LENGTHS)), pad(random_rows(LENGTHS), "left"), pad(random_rows([44]))]:
         for policy in (ExitPolicy(), POLICY):
@@ -73,7 +73,7 @@ def test_every_family_answers_as_without_graphs(every_family):
 def test_streams_and_large_batches(monkeypatch, most_positions):
     monkeypatch.setitem(cuda_graphs.MOST_POSITIONS, torch.float32, most_positions)
     model = tiny_model("bert", exit_layers=[0, 1, 2, 4], lexical_exit=True)
-    stages = CompiledStages(model, graphs=PlayedGraphs)
+    stages = GraphedStages(model, graphs=PlayedGraphs)
     graphs = stages._graphs
     rows = random_rows([int(n) for n in np.random.default_rng(0).integers(2, 100, 300)], seed=2)
     tokens = [{"input_ids": row.tolist()} for row in rows]
@@ -103,10 +103,10 @@ def test_a_row_is_answered_whatever_was_in_the_memory(monkeypatch):
     model = tiny_model("bert", exit_layers=[2, 4])
     batch = pad(random_rows([30, 5, 17], seed=1))
     expected = model(**batch).exit_logits.detach().numpy()
-    exit_logits, _ = predict(CompiledStages(model, graphs=PoisonedGraphs), batch, ExitPolicy(), model.num_labels)
+    exit_logits, _ = predict(GraphedStages(model, graphs=PoisonedGraphs), batch, ExitPolicy(), model.num_labels)
     np.testing.assert_allclose(exit_logits, expected, atol=1e-5)
     monkeypatch.setattr(torch.Tensor, "zero_", lambda tensor: tensor)  # the control
-    exit_logits, _ = predict(CompiledStages(model, graphs=PoisonedGraphs), batch, ExitPolicy(), model.num_labels)
+    exit_logits, _ = predict(GraphedStages(model, graphs=PoisonedGraphs), batch, ExitPolicy(), model.num_labels)
     assert not np.allclose(exit_logits, expected, atol=1e-5)
 
 
@@ -124,7 +124,7 @@ def test_batches_that_take_turns_do_not_mix(graphs):
     model = tiny_model("bert", exit_layers=[1, 2, 4])
     batches = [pad(random_rows([30, 5, 17], seed=seed)) for seed in range(3)]
     expected = [model(**batch).exit_logits.detach().numpy() for batch in batches]
-    stages = CompiledStages(model, graphs=graphs)
+    stages = GraphedStages(model, graphs=graphs)
     states = [
         stages.embed(stages.begin_padded(batch["input_ids"].numpy(), batch["attention_mask"].numpy()))
         for batch in batches
@@ -148,7 +148,7 @@ def test_a_stage_finds_what_the_stage_before_has_left():
 
     copied = []
     model = tiny_model("bert", exit_layers=[0, 1, 2, 4], lexical_exit=True)
-    stages = CompiledStages(model, graphs=CountingGraphs)
+    stages = GraphedStages(model, graphs=CountingGraphs)
     batch = pad(random_rows([16, 16]))
     predict(stages, batch, ExitPolicy(), model.num_labels)
     copied.clear()
@@ -163,7 +163,7 @@ def test_what_cannot_be_a_graph_runs_without(caplog):
             raise RuntimeError("Cannot copy between devices")
 
     model = tiny_model("bert", exit_layers=[2, 4])
-    stages = CompiledStages(model, graphs=NoGraphs)
+    stages = GraphedStages(model, graphs=NoGraphs)
     batch = pad(random_rows(LENGTHS))
     for _ in range(2):
         exit_logits, _ = predict(stages, batch, ExitPolicy(), model.num_labels)

@@ -54,9 +54,9 @@ def benchmark(
     from transformers_badge.evaluation.benchmark_report import render_benchmark, write_benchmark
     from transformers_badge.evaluation.contenders import ENGINES, ON_PROCESSORS
     from transformers_badge.hub.checkpoint import check_checkpoint_folder
-    from transformers_badge.inference.compiled_stages import check_device
     from transformers_badge.inference.onnx_export import check_export_tools
     from transformers_badge.inference.predictor import BadgePredictor
+    from transformers_badge.inference.torch_stages import check_device
     from transformers_badge.training.fine_tune import check_output_directory
 
     on_gpu = check_device(device).type == "cuda"

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from transformers_badge.inference.compiled_stages import check_device
 from transformers_badge.inference.cuda_graphs import CudaGraphs, most_positions
 from transformers_badge.inference.onnx_export import export_onnx
 from transformers_badge.inference.onnx_stages import import_onnxruntime
 from transformers_badge.inference.predict import token_limit
 from transformers_badge.inference.predictor import BadgePredictor
+from transformers_badge.inference.torch_stages import check_device
 from transformers_badge.model.modeling_badge import BadgeForSequenceClassification
 from transformers_badge.model.policy_badge import ExitPolicy
 

@@ -127,10 +127,13 @@ class NamedStages(ABC):
         """Blocks run in one go up to the next exit."""
         if layer not in self.exit_layers:
             return state
-        if "hidden_states" in state and argument(0) not in state:  # rows or columns were dropped
-            state = self.run(ARGUMENTS, state)
-        state = self.run(exit_stage(layer), state)
+        state = self.run(exit_stage(layer), self.renew_arguments(state))
         return {name: array for name, array in state.items() if name not in ("input_ids", "token_type_ids")}
+
+    def renew_arguments(self, state: NamedState) -> NamedState:
+        """What blocks need besides, made anew where rows or columns were dropped."""
+        missing = "hidden_states" in state and argument(0) not in state
+        return self.run(ARGUMENTS, state) if missing else state
 
     def read_exit(self, exit_index: int, state: NamedState) -> Any:
         """Logits (rows, labels), which came with the blocks."""
