@@ -38,7 +38,8 @@ def write_engines(
             + ", ".join(
                 f"{entry['rows']} rows" + f" at batch size {size}" for size, entry in record["batch_sizes"].items()
             )
-            + " are timed.",
+            + " are timed."
+            + "".join(f" Batch size {size} was timed in a run of its own." for size in record.get("apart", ())),
             "![milliseconds per row, by engine and batch size](images/engines.png)",
             render_benchmark(record),
             _at_the_same_time(record),
