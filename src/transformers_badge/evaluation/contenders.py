@@ -146,24 +146,29 @@ class Contenders:
         if engine in ("fp32", "int8"):
             session = self._session(engine)
             return lambda batch: session.run(None, {key: v.astype(np.int64) for key, v in batch.items()}), "np"
-        plain = self.plain
-        if engine in COMPILED:
-            plain = copy.deepcopy(plain).bfloat16() if engine == "bf16" else plain
-            plain = plain if self.device.type == "cuda" else torch.compile(plain, dynamic=True)
-
-        def answer(**batch: Any) -> dict[str, Any]:
-            return {"logits": plain(**batch).logits}
-
-        graphs = None
+        plain = copy.deepcopy(self.plain).bfloat16() if engine == "bf16" else self.plain
         if engine in COMPILED and self.device.type == "cuda":
-            graphs = CudaGraphs({"full": answer}, self.device, self.model.max_tokens, most_positions(plain))
+            return self._in_graphs(plain), "pt"
+        if engine in COMPILED:
+            plain = torch.compile(plain, dynamic=True)
 
         def predict(batch: Any) -> Any:
             with torch.no_grad():
-                made = graphs.run("full", dict(batch)) if graphs else answer(**batch.to(self.device))
-                return made["logits"].cpu()
+                return plain(**batch.to(self.device)).logits.cpu()
 
         return predict, "pt"
+
+    def _in_graphs(self, plain: Any) -> Callable[[Any], Any]:
+        def answer(**batch: Any) -> dict[str, Tensor]:
+            return {"logits": plain(**batch).logits}
+
+        graphs = CudaGraphs({"full": answer}, self.device, self.model.max_tokens, most_positions(plain))
+
+        def predict(batch: Any) -> Any:
+            with torch.no_grad():
+                return graphs.run("full", dict(batch))["logits"]
+
+        return predict
 
     def _session(self, precision: str) -> Any:
         """The full model in ONNX Runtime; int8 by its own dynamic quantization."""
