@@ -1,14 +1,13 @@
 """What needs a GPU: the same answers there as on the CPU, in every way to run a model. Skipped where there is none."""
 
 import copy
-import threading
 
 import numpy as np
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments, pipeline
 
-from tiny import FAMILIES, pad, random_rows, tiny_model, tiny_tokenizer
+from tiny import FAMILIES, in_threads, pad, random_rows, tiny_model, tiny_tokenizer
 from transformers_badge import BadgePredictor, ExitPolicy
 from transformers_badge.inference.graphed_stages import GraphedStages
 from transformers_badge.model.early_exit_badge import predict_with_policy
@@ -90,11 +89,7 @@ def test_threads_on_one_predictor(tmp_path):
                 if not np.allclose(output.logits, expected.logits[chosen].numpy(), atol=1e-4):
                     wrong.append(place)
 
-    threads = [threading.Thread(target=work, args=(place,)) for place in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, 8)
     assert not wrong
 
 

@@ -1,6 +1,8 @@
 """Tiny models with random weights, one per encoder family, and random inputs for them."""
 
 import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from typing import Any
 
@@ -157,6 +159,12 @@ def pad(rows: list[torch.Tensor], side: str = "right", extra: int = 0) -> dict[s
         ids[i, columns] = row
         mask[i, columns] = 1
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def in_threads(work: Callable[[int], None], count: int) -> None:
+    """Run work(0), work(1), ... side by side. What one of them raises is raised: a thread by itself would hide it."""
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(work, range(count)))
 
 
 def tiny_tokenizer() -> Any:

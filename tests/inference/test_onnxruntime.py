@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-import threading
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +13,18 @@ import pytest
 import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
-from tiny import FAMILIES, PAD, VOCABULARY, exporting, pad, random_rows, tiny_config, tiny_model, tiny_tokenizer
+from tiny import (
+    FAMILIES,
+    PAD,
+    VOCABULARY,
+    exporting,
+    in_threads,
+    pad,
+    random_rows,
+    tiny_config,
+    tiny_model,
+    tiny_tokenizer,
+)
 from transformers_badge import (
     BadgeForSequenceClassification,
     BadgePredictor,
@@ -247,11 +257,7 @@ def test_eight_threads_give_the_answers_of_one(fp32):
                 wrong.append(i)
         finished.append(i)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, 8)
     assert wrong == []
     assert len(finished) == 8
 

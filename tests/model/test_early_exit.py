@@ -1,12 +1,10 @@
 """The loop over blocks, and `early_exit_predict` on top of it."""
 
-import threading
-
 import numpy as np
 import pytest
 import torch
 
-from tiny import pad, random_rows, table_of, tiny_model
+from tiny import in_threads, pad, random_rows, table_of, tiny_model
 from transformers_badge import ExitPolicy
 from transformers_badge.calibration.replay import replay
 from transformers_badge.model.early_exit_badge import predict_with_policy, run_blocks, token_columns
@@ -246,9 +244,5 @@ def test_threads_do_not_disturb_each_other(bert):
             if not torch.equal(output.exit_layer, expected[i].exit_layer):
                 wrong.append(i)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, 6)
     assert wrong == []

@@ -2,7 +2,6 @@
 
 import itertools
 import re
-import threading
 import weakref
 from dataclasses import replace
 from typing import ClassVar
@@ -12,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from tiny import PAD, pad, random_rows, tiny_model
+from tiny import PAD, in_threads, pad, random_rows, tiny_model
 from transformers_badge import ExitPolicy, ExitTable
 from transformers_badge.calibration.replay import score_exits
 from transformers_badge.model import stream_badge
@@ -528,10 +527,6 @@ def test_threads_do_not_disturb_each_other(short_sight):
                 wrong.append((i, turn))
         finished.append(i)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, 8)
     assert wrong == []
     assert len(finished) == 8
