@@ -63,7 +63,7 @@ def blow_up(model: Any) -> Any:
     encoder.intermediate_size *= 2
     encoder.num_hidden_layers *= 2
     source = model.config.to_dict()
-    kept = ("lexical_exit", "lexical_buckets", "lexical_ngrams", "lexical_ignored_ids", "bypass_size", "bypass_reads")
+    lexical = ("lexical_exit", "lexical_buckets", "lexical_ngrams", "lexical_ignored_ids")
     config = BadgeConfig(
         encoder_config=encoder,
         exit_layers=[2 * layer for layer in model.exit_layers],
@@ -71,7 +71,7 @@ def blow_up(model: Any) -> Any:
         id2label=model.config.id2label,
         label2id=model.config.label2id,
         problem_type=model.config.problem_type,
-        **{name: source[name] for name in (*kept, "pooling")},
+        **{name: source[name] for name in (*lexical, "bypass_size", "bypass_reads", "pooling")},
     )
     wide = BadgeForSequenceClassification(config).eval()
     weights, old = wide.state_dict(), model.state_dict()

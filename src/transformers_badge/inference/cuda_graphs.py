@@ -118,9 +118,7 @@ class CudaGraphs:
         """The buffer of an input, with the tensor in its corner and 0 in the rest of it."""
         axes = 2 if is_per_token(name, tensor) else 1
         key = name, (*bucket[:axes], *tensor.shape[axes:]), tensor.dtype
-        if key not in self._buffers:
-            self._buffers[key] = torch.zeros(key[1], dtype=tensor.dtype, device=self._device)
-        buffer = self._buffers[key]
+        buffer = self._buffer(key)
         if key in self._holds and self._holds[key]() is tensor:
             return buffer
         if tensor.shape == buffer.shape:
@@ -130,6 +128,13 @@ class CudaGraphs:
         self._holds[key] = weakref.ref(tensor)
         return buffer
 
+    def _buffer(self, key: Key) -> Tensor:
+        """Made when it is first asked for, which is before a capture."""
+        if key not in self._buffers:
+            _, shape, dtype = key
+            self._buffers[key] = torch.zeros(shape, dtype=dtype, device=self._device)
+        return self._buffers[key]
+
     def _capture(self, stage: str, given: Tensors, bucket: tuple[int, int]) -> Graph | None:
         """The graph of a stage; `None`: it does what cannot be in one."""
         filled = {name: self._fill(name, tensor, bucket) for name, tensor in given.items()}
@@ -138,10 +143,7 @@ class CudaGraphs:
             outputs = self._stages[stage](**filled)
             for name, tensor in outputs.items():
                 if name != "logits":
-                    key = _key(name, tensor)
-                    if key not in self._buffers:
-                        self._buffers[key] = torch.zeros(tensor.shape, dtype=tensor.dtype, device=self._device)
-                    outputs[name] = self._buffers[key].copy_(tensor)
+                    outputs[name] = self._buffer(_key(name, tensor)).copy_(tensor)
             return outputs
 
         try:

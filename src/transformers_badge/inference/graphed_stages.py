@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from transformers_badge.inference.cuda_graphs import CudaGraphs, bucket_rows, bucket_tokens, most_positions
-from transformers_badge.inference.named_stages import NamedState, exit_stage, pad_on_host
+from transformers_badge.inference.named_stages import NamedState, exit_stage
 from transformers_badge.inference.stage_modules import ArgumentsBlocksAndExit, FirstBlocksAndExit
 from transformers_badge.inference.torch_stages import TorchStages
+from transformers_badge.model.rows_badge import pad_columns
 
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -57,7 +58,7 @@ class GraphedStages(TorchStages):
         """The rows on the host, whence a graph fetches them, padded at once to the tokens of a bucket."""
         width = bucket_tokens(state["input_ids"].shape[1], self._model.max_tokens)
         paddings = {"input_ids": self._padding_id, "attention_mask": 0, "token_type_ids": 0}
-        padded = {name: pad_on_host(state[name], width, padding) for name, padding in paddings.items()}
+        padded = {name: pad_columns(state[name], width, padding) for name, padding in paddings.items()}
         return {name: torch.from_numpy(array) for name, array in {**state, **padded}.items()}
 
     def read_exit(self, exit_index: int, state: NamedState) -> Any:

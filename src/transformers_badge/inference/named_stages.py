@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from transformers_badge.model.ngrams_badge import ngram_buckets, ngram_logits
-from transformers_badge.model.rows_badge import pad_rows
+from transformers_badge.model.rows_badge import join_rows, pad_rows
 
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -149,33 +149,17 @@ class NamedStages(ABC):
     def merge(self, states: list[NamedState], masks: list[Array]) -> tuple[NamedState, Array]:
         """One state of several at the same depth, padded on the right, and its mask."""
         width = max(mask.shape[1] for mask in masks)
-        join = self.join if "hidden_states" in states[0] else join_on_host
+        join = self.join if "hidden_states" in states[0] else join_rows
         merged = {}
         for name, array in _without_arguments(states[0]).items():
             padding = self._padding_id if name == "input_ids" else 0
             merged[name] = join([state[name] for state in states], width if is_per_token(name, array) else 0, padding)
-        mask = np.concatenate([np.pad(mask, ((0, 0), (0, width - mask.shape[1]))) for mask in masks])
-        return merged, mask
+        return merged, join_rows(masks, width)
 
 
 def keep_host_rows(arrays: list[Array], rows: Array | None) -> list[Array]:
     """`NamedStages.keep_rows` in numpy."""
     return [np.ascontiguousarray(array if rows is None else array[rows]) for array in arrays]
-
-
-def join_on_host(arrays: list[Array], width: int, padding: int) -> Array:
-    """`NamedStages.join` in numpy."""
-    return np.concatenate([pad_on_host(array, width, padding) for array in arrays] if width else arrays)
-
-
-def pad_on_host(array: Array, width: int, padding: int) -> Array:
-    """An array padded behind to so many columns. (np.pad takes ten times as long for single rows.)"""
-    columns = array.shape[1]
-    if columns == width:
-        return array
-    padded = np.full((len(array), width, *array.shape[2:]), padding, array.dtype)
-    padded[:, :columns] = array
-    return padded
 
 
 def is_per_token(name: str, array: Any) -> bool:

@@ -15,10 +15,10 @@ from transformers_badge.inference.named_stages import (
     LexicalWeights,
     NamedStages,
     NamedState,
-    join_on_host,
     keep_host_rows,
     stage_names,
 )
+from transformers_badge.model.rows_badge import join_rows
 
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -103,7 +103,7 @@ class OnnxStages(NamedStages):
 
     def join(self, arrays: list[Array], width: int, padding: int) -> Array:
         """Arrays below one another."""
-        return join_on_host(arrays, width, padding)
+        return join_rows(arrays, width, padding)
 
     def run(self, stage: str, state: NamedState) -> NamedState:
         """The state with what the stage made in it."""

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from transformers_badge.inference.named_stages import LexicalWeights, NamedStages
+from transformers_badge.model.stages_badge import join_tensors
 
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -43,9 +43,7 @@ class TorchStages(NamedStages):
 
     def join(self, arrays: list[Tensor], width: int, padding: int) -> Tensor:
         """Tensors below one another; those that are wider are cut."""
-        if width:
-            arrays = [F.pad(a, (0, 0) * (a.ndim - 2) + (0, width - a.shape[1]), value=padding) for a in arrays]
-        return torch.cat(arrays)
+        return join_tensors(arrays, width, padding)
 
 
 def check_device(device: str | None) -> torch.device:

@@ -145,6 +145,21 @@ def pad_rows(rows: list[dict[str, list[int]]], padding_id: int) -> tuple[dict[st
     return inputs, mask
 
 
+def pad_columns(array: Array, width: int, padding: int = 0) -> Array:
+    """An array padded behind to so many columns. (np.pad takes ten times as long for single rows.)"""
+    columns = array.shape[1]
+    if columns == width:
+        return array
+    padded = np.full((len(array), width, *array.shape[2:]), padding, array.dtype)
+    padded[:, :columns] = array
+    return padded
+
+
+def join_rows(arrays: list[Array], width: int, padding: int = 0) -> Array:
+    """Arrays below one another, each padded behind to so many columns; `width` 0: as wide as they are."""
+    return np.concatenate([pad_columns(array, width, padding) for array in arrays] if width else arrays)
+
+
 def take(items: Iterator[Item], count: int) -> tuple[list[Item], Exception | None]:
     """Up to `count` items, and the error that ended them."""
     taken: list[Item] = []

@@ -3,7 +3,6 @@
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,7 +10,15 @@ from torch.nn import functional as F
 from .inputs_badge import check_inputs, check_lexical
 from .modules_badge import scale_gradient
 from .outputs_badge import BlockState
-from .rows_badge import pad_rows
+from .rows_badge import join_rows, pad_rows
+
+
+def join_tensors(tensors: list[Tensor], width: int, padding: int) -> Tensor:
+    """Tensors below one another, each padded behind, or cut, to so many columns; `width` 0: as wide as they are."""
+    if width:
+        behind = [(0, 0) * (tensor.ndim - 2) + (0, width - tensor.shape[1]) for tensor in tensors]
+        tensors = [F.pad(tensor, pad, value=padding) for tensor, pad in zip(tensors, behind, strict=True)]
+    return torch.cat(tensors)
 
 
 class BadgeStages:
@@ -164,7 +171,7 @@ class BadgeStages:
     def merge(self, states: list[BlockState], masks: list[Any]) -> tuple[BlockState, Any]:
         """One state of several at the same depth that `begin` began, padded on the right to the widest; its mask."""
         width = max(mask.shape[1] for mask in masks)
-        mask = np.concatenate([np.pad(mask, ((0, 0), (0, width - mask.shape[1]))) for mask in masks])
+        mask = join_rows(masks, width)
 
         def join(tensors: list[Tensor | None], padding: int = 0, pooled: bool = False) -> Tensor | None:
             like = next((tensor for tensor in tensors if tensor is not None), None)
@@ -172,10 +179,7 @@ class BadgeStages:
                 return None
             # Only token types can be missing from some: they are 0 then.
             given = [like.new_zeros(m.shape) if t is None else t for t, m in zip(tensors, masks, strict=True)]
-            if not pooled:
-                behind = [(0, 0) * (tensor.ndim - 2) + (0, width - tensor.shape[1]) for tensor in given]
-                given = [F.pad(tensor, pad, value=padding) for tensor, pad in zip(given, behind, strict=True)]
-            return torch.cat(given)
+            return join_tensors(given, 0 if pooled else width, padding)
 
         hidden_states = join([state.hidden_states for state in states])
         attention_mask = self._attention_mask(mask)
