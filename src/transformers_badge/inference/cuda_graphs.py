@@ -84,6 +84,7 @@ class CudaGraphs:
         self._holds: dict[Key, Callable[[], Tensor | None]] = {}  # which tensor lies in a buffer
         self._lock = Lock()
         self._pool: Any = None
+        self._capturing: torch.cuda.Stream | None = None
         self._last: torch.cuda.Stream | None = None
 
     def run(self, stage: str, given: Tensors) -> Tensors:
@@ -160,9 +161,9 @@ class CudaGraphs:
         Raises:
             RuntimeError: it does what cannot be in a graph.
         """
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        stream, graph = torch.cuda.Stream(self._device), torch.cuda.CUDAGraph()
+        if self._capturing is None:  # one for all, since every stream keeps what is allocated on it to itself
+            self._pool, self._capturing = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self._device)
+        stream, graph = self._capturing, torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             for _ in range(2):  # the libraries choose their kernels, and allocate what they need
