@@ -126,7 +126,7 @@ def main() -> None:
                 part: make_exit_table(contenders.engine(engine), contenders.tokenizer, [texts[rows]], labels[rows])
                 for part, rows in parts.items()
             }
-            policy = contenders.model.config.exit_policy
+            policy = contenders.config.exit_policy
             if name == "whole":
                 policy = choose_policy(tables["held out"], policy, MOST_LOST)
                 saved[engine] = measure_policy(tables["held out"], policy)["layer_speedup"]

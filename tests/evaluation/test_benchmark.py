@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
 from tiny import exporting, tiny_model, tiny_tokenizer
-from transformers_badge import ExitPolicy, ExitTable
+from transformers_badge import BadgeForSequenceClassification, ExitPolicy, ExitTable
 from transformers_badge.evaluation import benchmark
 from transformers_badge.evaluation.benchmark import choose_policy, ideal_milliseconds, measure_policy, profile
 from transformers_badge.evaluation.contenders import Contenders
@@ -93,7 +94,7 @@ def test_in_the_ideal_time_rows_pay_for_what_they_need(contenders, monkeypatch):
     assert ideal == [pytest.approx(1000 / 4 * value) for value in (100_011, 3_103_061, 11_111_111)]
 
 
-def test_the_ideal_of_a_round_is_set_against_the_times_of_that_round(monkeypatch):
+def test_a_round_is_set_against_itself_and_the_warm_up_counts_nowhere(monkeypatch):
     names = [f"{kind}, eager" for kind in ("full", "truncated", "deeper", "nobody leaves", "early exit", "stream")]
     told = iter([99.0, 2.0, 6.0])  # ms per row: of the warm-up, and of two rounds
 
@@ -104,12 +105,29 @@ def test_the_ideal_of_a_round_is_set_against_the_times_of_that_round(monkeypatch
         return PairedTimings({name: [0.01, 0.02] for name in calls})  # of 4 rows
 
     monkeypatch.setattr(benchmark, "time_in_turns", in_turns)
-    runs = {name: lambda texts, size: [1.0] for name in (benchmark.PIPELINE, *names)}
+    batches = {name: iter([[9.0], [0.1, 0.2], [0.3, 0.4]]) for name in (benchmark.PIPELINE, *names)}
+    runs = {name: lambda texts, size, each=each: next(each) for name, each in batches.items()}
     entry = benchmark._time(runs, ["w5"] * 4, 2, 2, {"eager": lambda: next(told)})
     for name in ("early exit, eager", "stream, eager"):
         assert entry["ratios"][f"arrives, {name}"] == pytest.approx({"median": 1.0, "min": 0.8, "max": 1.2})
     assert entry["milliseconds_per_row"]["ideal, eager"] == pytest.approx(4.0)
     assert entry["milliseconds_per_row"]["full, eager"] == pytest.approx(1000 * 0.015 / 4)
+    assert entry["latency"]["early exit, eager"] == pytest.approx({"p50": 250, "p99": 397})
+
+
+@pytest.mark.parametrize("kind", ["full", "early exit"])
+def test_a_process_that_runs_one_model_loads_no_other(contenders, monkeypatch, kind):
+    assert contenders.plain is not None  # what it runs lies there, once it was asked for
+    loaded = []
+    for model in (BadgeForSequenceClassification, AutoModelForSequenceClassification):
+        load = model.from_pretrained
+        monkeypatch.setattr(
+            model, "from_pretrained", lambda *given, m=model, load=load: (loaded.append(m), load(*given))[1]
+        )
+    alone = Contenders(contenders.checkpoint, contenders.folder, contenders.threads)
+    alone.policies = contenders.policies
+    alone.run(kind, "eager")(["w5 w6 w7", "w8"], 2)
+    assert loaded == [AutoModelForSequenceClassification if kind == "full" else BadgeForSequenceClassification]
 
 
 @exporting

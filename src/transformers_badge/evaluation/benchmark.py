@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import multiprocessing
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -62,13 +61,13 @@ def benchmark_checkpoint(
         rounds: how often each contender runs, besides a warm-up.
         threads: of torch and of ONNX Runtime.
         engines: of `ENGINES`; on a GPU not those of `ON_PROCESSORS`.
-        device: where torch runs. On a GPU memory is not measured.
+        device: where torch runs.
         on_step: told what comes next, for a progress bar.
 
     Returns:
         `machine`; `engines`, each with accuracy at full depth, with early exit and truncated, and layer_speedup;
         `batch_sizes`, each with milliseconds_per_row (among them the ideal, see `ideal_milliseconds`), latency (p50
-        and p99 of a batch, ms), ratios; `memory` in MiB; `profile`, the shares of a row's time.
+        and p99 of a batch, ms), ratios; `memory` in MiB, on a GPU its own; `profile`, the shares of a row's time.
     """
     contenders = Contenders(checkpoint, folder, threads, device)
     on_gpu = contenders.device.type == "cuda"
@@ -91,7 +90,7 @@ def benchmark_checkpoint(
     for engine in engines:
         on_step(f"{engine}: every exit's answers")
         model = contenders.engine(engine)
-        policy = contenders.model.config.exit_policy
+        policy = contenders.config.exit_policy
         if calibration is not None:
             policy = choose_policy(_table(contenders, model, *calibration), policy, max_lost)
         table = _table(contenders, model, texts, labels)
@@ -120,7 +119,7 @@ def benchmark_checkpoint(
         f"{kind}, {engine}": peak_memory(contenders, kind, engine, texts[:rows])
         for engine in engines
         for kind in MEMORY_KINDS
-        if engine not in COMPILED and not on_gpu  # compiling takes more than running
+        if on_gpu or engine not in COMPILED  # compiling takes more than running
     }
     record["memory_batch_size"] = MEMORY_BATCH
     return record
@@ -176,11 +175,11 @@ def _time(
     Args:
         ideal: by engine, a run that tells what the ideal time is, in milliseconds per row: one in every round.
     """
-    batches: dict[str, list[float]] = {name: [] for name in runs}
+    batches: dict[str, list[list[float]]] = {name: [] for name in runs}
     least: dict[str, list[float]] = {engine: [] for engine in ideal}
 
     def call(name: str, run: Run) -> Callable[[], None]:
-        return lambda: batches[name].extend(run(texts, size))
+        return lambda: batches[name].append(run(texts, size))
 
     def tell(engine: str) -> Callable[[], None]:
         return lambda: least[engine].append(ideal[engine]())
@@ -200,11 +199,11 @@ def _time(
         ratios[f"cost of exits, {engine}"] = timings.speedup(f"full, {engine}", f"nobody leaves, {engine}")
         for name in (ours, streamed):
             ratios[f"arrives, {name}"] = timings.speedup(name, f"ideal, {engine}")
-    latency = {
-        name: {"p50": 1000 * statistics.median(seconds), "p99": 1000 * float(np.quantile(seconds, 0.99))}
-        for name, seconds in batches.items()
-        if not name.startswith("stream")
-    }
+    latency = {}
+    for name, by_run in batches.items():
+        if not name.startswith("stream"):
+            p50, p99 = 1000 * np.quantile(np.concatenate(by_run[-rounds:]), [0.5, 0.99])  # without the warm-up
+            latency[name] = {"p50": float(p50), "p99": float(p99)}
     return {
         "rows": len(texts),
         "milliseconds_per_row": per_row,
@@ -267,9 +266,9 @@ def ideal_milliseconds(contenders: Contenders, engine: str, texts: Texts, size: 
     seconds, _ = _profile(contenders, engine, texts, size, ExitPolicy())
     # The depth from which on a row needs a part. What is not here, such as the loop, no row needs.
     needed_from: dict[tuple[Any, ...], int] = {("tokenization",): 0, ("begin",): 0, ("embed",): 1}
-    for layer in range(1, contenders.model.exit_layers[-1] + 1):
+    for layer in range(1, contenders.config.exit_layers[-1] + 1):
         needed_from["run_block", layer] = layer
-    for index, layer in enumerate(contenders.model.exit_layers):
+    for index, layer in enumerate(contenders.config.exit_layers):
         needed_from["read_exit", index] = layer
     needed = sum(seconds.get(part, 0.0) * float((depths >= least).mean()) for part, least in needed_from.items())
     return 1000 * needed / len(texts)
@@ -281,7 +280,7 @@ def _profile(
     """Seconds of every part, see `ProfiledStages`, and of all."""
     model = contenders.engine(engine)
     stages = ProfiledStages(model if engine == "eager" else model.stages)
-    problem = contenders.model.config.problem_type or "single_label_classification"
+    problem = contenders.config.problem_type or "single_label_classification"
     begin = time.perf_counter()
     for start in range(0, len(texts), size):
         at = time.perf_counter()
@@ -291,21 +290,23 @@ def _profile(
         stages.add(("tokenization",), at)
         with torch.no_grad():
             state, mask = stages.begin(rows)
-            predict_with_policy(stages, state, mask, contenders.model.num_labels, policy, problem)
+            predict_with_policy(stages, state, mask, contenders.config.num_labels, policy, problem)
     return stages.seconds, time.perf_counter() - begin
 
 
 def peak_memory(contenders: Contenders, kind: str, engine: str, texts: Texts) -> float:
-    """MiB at most that a process of its own needs, which does nothing else."""
-    made = (contenders.checkpoint, contenders.folder, contenders.threads)
+    """MiB at most that a process of its own needs, which does nothing else: of the GPU, if it runs there."""
+    made = (contenders.checkpoint, contenders.folder, contenders.threads, str(contenders.device))
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_run_alone, made, contenders.policies, kind, engine, list(texts)).result()
 
 
 def _run_alone(
-    made: tuple[Path, Path, int], policies: dict[str, ExitPolicy], kind: str, engine: str, texts: Any
+    made: tuple[Path, Path, int, str], policies: dict[str, ExitPolicy], kind: str, engine: str, texts: Any
 ) -> float:
     contenders = Contenders(*made)
     contenders.policies = policies
     contenders.run(kind, engine)(texts, MEMORY_BATCH)
+    if contenders.device.type == "cuda":
+        return torch.cuda.max_memory_reserved(contenders.device) / 2**20
     return peak_of_this_process()

@@ -17,6 +17,8 @@ from transformers_badge.inference.onnx_stages import import_onnxruntime
 from transformers_badge.inference.predict import token_limit
 from transformers_badge.inference.predictor import BadgePredictor
 from transformers_badge.inference.torch_stages import check_device
+from transformers_badge.model.configuration_badge import BadgeConfig
+from transformers_badge.model.encoders_badge import get_adapter
 from transformers_badge.model.modeling_badge import BadgeForSequenceClassification
 from transformers_badge.model.policy_badge import ExitPolicy
 
@@ -63,6 +65,17 @@ class Contenders:
         torch.set_num_threads(threads)
 
     @cached_property
+    def config(self) -> Any:
+        """Of the checkpoint, which takes no loading of it."""
+        return BadgeConfig.from_pretrained(self.checkpoint)
+
+    @property
+    def max_tokens(self) -> int:
+        """How many tokens a row may have."""
+        encoder = self.config.get_text_config()
+        return int(get_adapter(encoder.model_type).max_tokens(encoder))
+
+    @cached_property
     def model(self) -> Any:
         """The checkpoint in PyTorch."""
         return BadgeForSequenceClassification.from_pretrained(self.checkpoint).eval().to(self.device)
@@ -76,17 +89,25 @@ class Contenders:
 
     @cached_property
     def plain(self) -> Any:
-        """The encoder under a head of transformers' own, without exits; what it answers is of no account."""
+        """The encoder under a head of transformers' own, without exits; what it answers is of no account.
+
+        It has a folder of its own: once that is there, a process that runs the full model has no other in its memory.
+        """
         from transformers import AutoModelForSequenceClassification
 
-        plain = AutoModelForSequenceClassification.from_config(self.model.config.encoder_config).eval()
-        plain.base_model.load_state_dict(self.model.encoder.state_dict(), strict=False)
-        return plain.to(self.device)
+        folder = self.folder / "full"
+        if not folder.exists():
+            plain = AutoModelForSequenceClassification.from_config(self.config.encoder_config)
+            plain.base_model.load_state_dict(self.model.encoder.state_dict(), strict=False)
+            plain.save_pretrained(folder)
+        return AutoModelForSequenceClassification.from_pretrained(folder).eval().to(self.device)
 
     def engine(self, name: str) -> Any:
         """A model or predictor."""
         if name not in self._engines:
-            if name in COMPILED:
+            if name == "eager":
+                self._engines[name] = self.model
+            elif name in COMPILED:
                 self._engines[name] = BadgePredictor.from_pretrained(
                     self.checkpoint, engine="compiled", precision=COMPILED[name], device=str(self.device)
                 )
@@ -99,12 +120,12 @@ class Contenders:
 
     @cached_property
     def _engines(self) -> dict[str, Any]:
-        return {"eager": self.model}
+        return {}
 
     def encode(self, rows: Any, tensors: str | None) -> Any:
         """Tokens of some rows."""
         columns = [list(rows)] if isinstance(rows[0], str) else [list(column) for column in zip(*rows, strict=True)]
-        limit = token_limit(self.model, self.tokenizer)
+        limit = token_limit(self, self.tokenizer)
         return self.tokenizer(
             *columns, padding=tensors is not None, truncation=True, max_length=limit, return_tensors=tensors
         )
@@ -119,7 +140,7 @@ class Contenders:
         policy = {
             "early exit": lambda: self.policies[engine],
             "truncated": lambda: self._stop_at(self.truncated_at[engine]),
-            "deeper": lambda: self._stop_at(min(self.truncated_at[engine] + 1, len(self.model.exit_layers) - 1)),
+            "deeper": lambda: self._stop_at(min(self.truncated_at[engine] + 1, len(self.config.exit_layers) - 1)),
             "nobody leaves": ExitPolicy,
         }[kind]()
         place = (lambda batch: batch.to(self.device)) if engine == "eager" else (lambda batch: batch)
@@ -162,7 +183,7 @@ class Contenders:
         def answer(**batch: Any) -> dict[str, Tensor]:
             return {"logits": plain(**batch).logits}
 
-        graphs = CudaGraphs({"full": answer}, self.device, self.model.max_tokens, most_positions(plain))
+        graphs = CudaGraphs({"full": answer}, self.device, self.max_tokens, most_positions(plain))
 
         def predict(batch: Any) -> Any:
             with torch.no_grad():
@@ -206,7 +227,7 @@ class Contenders:
 
     def _stop_at(self, stop: int) -> ExitPolicy:
         """Everybody leaves at one exit, and none before."""
-        thresholds = [None] * stop + [1.0] * (len(self.model.exit_layers) - stop)
+        thresholds = [None] * stop + [1.0] * (len(self.config.exit_layers) - stop)
         return ExitPolicy(criterion="fixed_depth", threshold=tuple(thresholds))
 
     def _batches(self, predict: Callable[[Any], Any], tensors: str) -> Run:
