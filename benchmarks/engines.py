@@ -1,7 +1,7 @@
 """Early exit on every engine, on the checkpoint of the demo and its movie reviews: `transformers-badge benchmark`.
 
 Thresholds are chosen, for each engine, from the rows before the demo's test rows: the fastest that is expected to lose
-at most half a point (`--max-lost`). What it loses on the test rows is in the record.
+at most 0.8 points (`--max-lost`). What it loses on the test rows is in the record.
 
 Example: python benchmarks/engines.py demo-output/checkpoint --output-dir bench-output
 """
@@ -17,7 +17,9 @@ from transformers import AutoConfig
 from transformers_badge.demo.sources import read_reviews
 
 
-MOST_LOST = 0.5  # points of accuracy
+# Points of accuracy. A threshold that is chosen to lose so many loses a tenth of a point more on other rows
+# (docs/criteria.md), and this one is to lose a point at most.
+MOST_LOST = 0.8
 TEST_ROWS = 1768  # as in the demo: the last of the data set; those before them are for the threshold
 
 
