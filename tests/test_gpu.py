@@ -70,6 +70,18 @@ def test_every_family_in_cuda_graphs(every_family):
     assert [answer.exit_layer for answer in answers] == 20 * expected.exit_layer.tolist()
 
 
+def test_graphs_share_memory():
+    model = model_of("bert")
+    stages = GraphedStages(copy.deepcopy(model).cuda())
+    reserved = []
+    for count in (2, 3, 4, 6, 8, 12, 16):
+        batch = pad(random_rows(count * [60]))
+        ids, mask = batch["input_ids"].numpy(), batch["attention_mask"].numpy()
+        predict_with_policy(stages, stages.begin_padded(ids, mask), mask > 0, model.num_labels, ExitPolicy(), PROBLEM)
+        reserved.append(torch.cuda.memory_reserved() / 2**20)
+    assert reserved[-1] - reserved[1] < 64  # 15 graphs more; each took 8 MiB or more on a stream of its own
+
+
 def test_threads_on_one_predictor(tmp_path):
     model = model_of("bert")
     model.config.exit_policy = POLICY

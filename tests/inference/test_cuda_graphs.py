@@ -83,9 +83,12 @@ def test_streams_and_large_batches(monkeypatch, most_positions):
     assert [answer.exit_layer for answer in answers] == expected.exit_layer.tolist()
     np.testing.assert_allclose([answer.logits for answer in answers], expected.logits.numpy(), atol=1e-5)
     assert (graphs.captured > 0) == (most_positions > 0)
-    once = graphs.captured
+    once, memory = graphs.captured, sum(memory.nbytes for memory in graphs._memory.values())
     list(stream_with_policy(stages, tokens, 8, model.num_labels, POLICY, PROBLEM))
     assert graphs.captured == once
+    predict(stages, pad(rows[:3]), ExitPolicy(), model.num_labels)  # another bucket takes no more of it
+    assert (graphs.captured > once) == (most_positions == 2048)
+    assert sum(memory.nbytes for memory in graphs._memory.values()) == memory
 
 
 class PoisonedGraphs(PlayedGraphs):
@@ -93,8 +96,8 @@ class PoisonedGraphs(PlayedGraphs):
 
     def _replay(self, graph, given, bucket):
         self._holds.clear()
-        for buffer in self._buffers.values():
-            buffer.fill_(float("nan") if buffer.is_floating_point() else 1)
+        for memory in self._memory.values():
+            memory.fill_(float("nan") if memory.is_floating_point() else 1)
         return super()._replay(graph, given, bucket)
 
 
@@ -111,7 +114,7 @@ def test_a_row_is_answered_whatever_was_in_the_memory(monkeypatch):
 
 
 class TrustingGraphs(PlayedGraphs):
-    """Takes what lies in a buffer, once there is anything, for what is given."""
+    """Takes what lies in the memory, once there is anything, for what is given."""
 
     def _fill(self, name, tensor, bucket):
         for key in self._holds:
@@ -120,9 +123,10 @@ class TrustingGraphs(PlayedGraphs):
 
 
 @pytest.mark.parametrize("graphs", [PlayedGraphs, TrustingGraphs])
-def test_batches_that_take_turns_do_not_mix(graphs):
+@pytest.mark.parametrize("lengths", [[30, 5, 17], [60]])  # of the last: in the same bucket as the others, in another
+def test_batches_that_take_turns_do_not_mix(graphs, lengths):
     model = tiny_model("bert", exit_layers=[1, 2, 4])
-    batches = [pad(random_rows([30, 5, 17], seed=seed)) for seed in range(3)]
+    batches = [pad(random_rows(each, seed=seed)) for seed, each in enumerate([[30, 5, 17], [3, 32, 9], lengths])]
     expected = [model(**batch).exit_logits.detach().numpy() for batch in batches]
     stages = GraphedStages(model, graphs=graphs)
     states = [

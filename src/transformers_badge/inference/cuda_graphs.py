@@ -1,14 +1,15 @@
 """CUDA graphs: all kernels of a stage launched in one go, since with few tokens a GPU mostly waits for launches.
 
 A graph is of fixed shapes, so that there is one for every bucket of rows and tokens, captured when it is first met.
-What fills a bucket up is padding, and is cut off again. The graphs of a bucket share the memory that they read and
-write, so that a stage finds there what the stage before has left, unless rows were dropped or others came between.
+What fills a bucket up is padding, and is cut off again. All graphs share the memory that they read and write, so that a
+stage finds there what the stage before has left, unless rows were dropped or others came between.
 """
 
 import logging
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 from threading import Lock
 from typing import Any
 
@@ -20,7 +21,8 @@ from transformers_badge.inference.named_stages import is_per_token
 
 Tensors = dict[str, Tensor]
 Stage = Callable[..., Tensors]
-Key = tuple[str, tuple[int, ...], torch.dtype]  # of a buffer
+Bucket = tuple[int, int]  # rows and tokens
+Key = tuple[str, tuple[int, ...], torch.dtype]  # of memory: a name, and the shape and type of what each position has
 
 # Rows x tokens of a bucket: with more an H100 computes about as long as it would wait, and padding costs.
 MOST_POSITIONS = {torch.float32: 2048, torch.bfloat16: 8192}
@@ -79,9 +81,9 @@ class CudaGraphs:
     ) -> None:
         self._stages, self._device = stages, device
         self._most_tokens, self._most_positions = most_tokens, most_positions
-        self._graphs: dict[tuple[str, tuple[int, int]], Graph | None] = {}
-        self._buffers: dict[Key, Tensor] = {}
-        self._holds: dict[Key, Callable[[], Tensor | None]] = {}  # which tensor lies in a buffer
+        self._graphs: dict[tuple[str, Bucket], Graph | None] = {}
+        self._memory: dict[Key, Tensor] = {}
+        self._holds: dict[Key, Callable[[], Tensor | None]] = {}  # which tensor lies in it, for its bucket
         self._lock = Lock()
         self._pool: Any = None
         self._capturing: torch.cuda.Stream | None = None
@@ -102,7 +104,7 @@ class CudaGraphs:
         made = self._stages[stage](**{name: tensor.to(self._device) for name, tensor in given.items()})
         return {**made, "logits": made["logits"].cpu()}
 
-    def _replay(self, graph: Graph, given: Tensors, bucket: tuple[int, int]) -> Tensors:
+    def _replay(self, graph: Graph, given: Tensors, bucket: Bucket) -> Tensors:
         for name, tensor in given.items():
             self._fill(name, tensor, bucket)
         graph.replay()
@@ -115,11 +117,9 @@ class CudaGraphs:
         made["logits"] = graph.outputs["logits"][:rows].to("cpu", copy=True)  # the wait for the GPU
         return made
 
-    def _fill(self, name: str, tensor: Tensor, bucket: tuple[int, int]) -> Tensor:
+    def _fill(self, name: str, tensor: Tensor, bucket: Bucket) -> Tensor:
         """The buffer of an input, with the tensor in its corner and 0 in the rest of it."""
-        axes = 2 if is_per_token(name, tensor) else 1
-        key = name, (*bucket[:axes], *tensor.shape[axes:]), tensor.dtype
-        buffer = self._buffer(key)
+        key, buffer = _key(name, tensor), self._buffer(name, tensor, bucket)
         if key in self._holds and self._holds[key]() is tensor:
             return buffer
         if tensor.shape == buffer.shape:
@@ -129,14 +129,16 @@ class CudaGraphs:
         self._holds[key] = weakref.ref(tensor)
         return buffer
 
-    def _buffer(self, key: Key) -> Tensor:
-        """Made when it is first asked for, which is before a capture."""
-        if key not in self._buffers:
-            _, shape, dtype = key
-            self._buffers[key] = torch.zeros(shape, dtype=dtype, device=self._device)
-        return self._buffers[key]
+    def _buffer(self, name: str, like: Tensor, bucket: Bucket) -> Tensor:
+        """Where such a tensor lies in a bucket: in memory for the largest one, made before the first capture."""
+        key = _key(name, like)
+        if key not in self._memory:
+            size = (self._most_positions, *key[1])
+            self._memory[key] = torch.zeros(size, dtype=like.dtype, device=self._device)
+        filled = bucket if is_per_token(name, like) else bucket[:1]
+        return self._memory[key][: prod(filled)].view(*filled, *key[1])
 
-    def _capture(self, stage: str, given: Tensors, bucket: tuple[int, int]) -> Graph | None:
+    def _capture(self, stage: str, given: Tensors, bucket: Bucket) -> Graph | None:
         """The graph of a stage; `None`: it does what cannot be in one."""
         filled = {name: self._fill(name, tensor, bucket) for name, tensor in given.items()}
 
@@ -144,7 +146,7 @@ class CudaGraphs:
             outputs = self._stages[stage](**filled)
             for name, tensor in outputs.items():
                 if name != "logits":
-                    outputs[name] = self._buffer(_key(name, tensor)).copy_(tensor)
+                    outputs[name] = self._buffer(name, tensor, bucket).copy_(tensor)
             return outputs
 
         try:
@@ -153,7 +155,7 @@ class CudaGraphs:
             logger.warning("%s runs without CUDA graphs, and slower: %s", stage, str(error).splitlines()[0])
             return None
         finally:
-            self._holds.clear()  # the stage has run in its buffers
+            self._holds.clear()  # the stage has run there
 
     def capture(self, call: Callable[[], Tensors]) -> Graph:
         """The graph of what a call does.
@@ -186,7 +188,7 @@ class CudaGraphs:
 
 
 def _key(name: str, tensor: Tensor) -> Key:
-    return name, tuple(tensor.shape), tensor.dtype
+    return name, tuple(tensor.shape[2 if is_per_token(name, tensor) else 1 :]), tensor.dtype
 
 
 def _corner(name: str, tensor: Tensor, rows: int, tokens: int) -> Tensor:
