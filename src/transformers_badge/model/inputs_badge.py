@@ -46,20 +46,26 @@ def check_inputs(input_ids: Any, attention_mask: Any, inputs_embeds: Any, vocab_
         )
     if torch.compiler.is_compiling():  # what follows looks at values, which a traced graph does not have
         return
-    # One wait for the device; an id out of range would otherwise end a CUDA process with an assertion.
+    # An id out of range would otherwise end a CUDA process with an assertion. All that is asked is one wait for it.
+    asked = [] if input_ids is None else list(input_ids.aminmax())
+    if attention_mask is not None:
+        filled = attention_mask.bool().any(dim=1)
+        asked += [((attention_mask == 0) | (attention_mask == 1)).all(), filled.all()]
+    told = torch.stack([value.long() for value in asked]).tolist() if asked else []
     if input_ids is not None:
-        low, high = torch.stack(input_ids.aminmax()).tolist()
+        low, high, *told = told
         if low < 0 or high >= vocab_size:
             raise ValueError(
                 f"input_ids must be in [0, {vocab_size}), the encoder's vocabulary, got {low if low < 0 else high}: "
                 "use the tokenizer that belongs to this encoder."
             )
     if attention_mask is not None:
-        if not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
+        of_0_and_1, none_empty = told
+        if not of_0_and_1:
             raise ValueError("attention_mask must hold only 0 (padding) and 1 (token).")
-        empty = (~attention_mask.bool().any(dim=1)).nonzero().flatten().tolist()
-        if empty:
-            raise ValueError(f"attention_mask is all zero in row {empty[0]}: every row needs at least one token.")
+        if not none_empty:
+            row = filled.tolist().index(False)
+            raise ValueError(f"attention_mask is all zero in row {row}: every row needs at least one token.")
 
 
 def check_lexical(lexical_logits: Any, input_ids: Any, shape: tuple[int, int], lexical_exit: bool) -> None:
