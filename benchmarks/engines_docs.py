@@ -11,6 +11,7 @@ from transformers_badge.evaluation.benchmark_report import (
     engine_names,
     ratios,
     render_benchmark,
+    render_memory,
     title_of,
 )
 from transformers_badge.evaluation.plots import plot_engines
@@ -22,6 +23,7 @@ def write_engines(
     record: dict[str, Any],
     regroup: dict[str, Any],
     bf16: dict[str, Any],
+    one_thread: dict[str, Any],
     gpu: dict[str, Any],
     regroup_gpu: dict[str, Any],
     pruned: dict[str, Any],
@@ -38,8 +40,7 @@ def write_engines(
             + ", ".join(
                 f"{entry['rows']} rows" + f" at batch size {size}" for size, entry in record["batch_sizes"].items()
             )
-            + " are timed."
-            + "".join(f" Batch size {size} was timed in a run of its own." for size in record.get("apart", ())),
+            + " are timed.",
             "![milliseconds per row, by engine and batch size](images/engines.png)",
             render_benchmark(record),
             _at_the_same_time(record),
@@ -49,6 +50,7 @@ def write_engines(
     page = path.read_text()
     parts = {
         "figures": figures,
+        "one thread": _one_thread(one_thread, machine),
         "bf16": _bf16(bf16, machine),
         "gpu": _gpu(gpu, regroup_gpu, machine),
         "pruning": _pruning(pruned, machine),
@@ -79,6 +81,15 @@ def _at_the_same_time(record: dict[str, Any]) -> str:
     )
 
 
+def _one_thread(record: dict[str, Any], machine: Callable[[dict[str, Any]], str]) -> str:
+    """What early exit is worth where every process has one core."""
+    chosen = "".join(f" --engine {engine}" for engine in record["engines"])
+    return (
+        f"`python benchmarks/engines.py demo-output/checkpoint --calibration-rows 2000 --threads 1 --batch-size 1{chosen}`, on {machine(record)}, ONNX Runtime {record['machine']['onnxruntime']}; thresholds and what they lose as above.\n\n"
+        + _times_and_ratios(record)
+    )
+
+
 def _bf16(record: dict[str, Any], machine: Callable[[dict[str, Any]], str]) -> str:
     """What half precision is worth where the processor has it."""
     entry = record["engines"]["bf16"]
@@ -96,9 +107,9 @@ def _gpu(record: dict[str, Any], regroup: dict[str, Any], machine: Callable[[dic
     seconds = {name: contender["median_seconds"] for name, contender in regroup["contenders"].items()}
     return (
         "The checkpoint above in the shape of BERT-base, `python benchmarks/base_shape.py demo-output/checkpoint`: 12 blocks of width 768 and exits after every second of them, which answer as the 6 blocks of MiniLM do. "
-        f"`python benchmarks/engines.py bench-output/base-shape --calibration-rows 2000 --device cuda`, with {' and '.join(f'--batch-size {size}' for size in sizes)}, on {machine(record)}, CUDA {record['machine']['cuda']}: "
+        f"`python benchmarks/engines.py bench-output/base-shape --calibration-rows 2000 --max-lost {record['max_lost']:g} --device cuda`, with {' and '.join(f'--batch-size {size}' for size in sizes)}, on {machine(record)}, CUDA {record['machine']['cuda']}: "
         f"{full} % at full depth, {early} % with early exit, {span([entry['layer_speedup'] for entry in entries], 2)}x in layers; {record['rounds']} rounds in turns.\n\n"
-        + _times_and_ratios(record)
+        + "\n\n".join([_times_and_ratios(record), *render_memory(record)])
         + f"\n\nRegrouping, `python benchmarks/regroup.py --device cuda`, {regroup['rows']:,} rows in batches of {regroup['batch_size']} in PyTorch there: {seconds['regrouped']:.1f} seconds, against {seconds['shrinking']:.1f} without: {with_spread(speedup)}."
     )
 

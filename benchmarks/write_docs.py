@@ -14,10 +14,11 @@ Example: python benchmarks/write_docs.py (`make docs`). To renew the records fir
     python benchmarks/lexical.py --time demo-output/checkpoint -> lexical_time.json
     python benchmarks/fit_lexical.py                          -> lexical_fit.json
     python benchmarks/engines.py demo-output/checkpoint       -> engines/benchmark.json as engines.json
-        (of demo --full, with --calibration-rows 2000; with --engine bf16 besides as engines_bf16.json)
+        (of demo --full, with --calibration-rows 2000; with --engine bf16 besides as engines_bf16.json;
+        with --threads 1 --batch-size 1 --engine eager --engine fp32 --engine int8 as engines_one_thread.json)
     python benchmarks/base_shape.py demo-output/checkpoint, and engines.py bench-output/base-shape
-        --calibration-rows 2000 --device cuda --engine compiled --engine bf16 --batch-size 1 --batch-size 32
-        --rows 64 --rounds 3                                  -> engines/benchmark.json as engines_gpu.json
+        --calibration-rows 2000 --max-lost 0.5 --device cuda --batch-size 1 --batch-size 32 --batch-size 256
+        --rounds 3                                            -> engines/benchmark.json as engines_gpu.json
     python benchmarks/pruned.py demo-output/checkpoint        -> pruned.json (of demo --full)
     python benchmarks/regroup.py --rounds 2 --contender regrouped --contender shrinking -> regroup.json
         (with --device cuda besides as regroup_gpu.json)
@@ -422,6 +423,7 @@ def main() -> None:
         load("engines"),
         load("regroup"),
         load("engines_bf16"),
+        load("engines_one_thread"),
         load("engines_gpu"),
         load("regroup_gpu"),
         load("pruned"),

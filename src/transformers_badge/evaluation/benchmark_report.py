@@ -104,21 +104,22 @@ def render_benchmark(record: dict[str, Any]) -> str:
             ),
             "Where a row's time goes with early exit, milliseconds per row:",
             *[_profile(names[engine], record["profile"][engine]) for engine in engines],
-            *_memory(record),
+            *render_memory(record),
         ]
     )
 
 
-def _memory(record: dict[str, Any]) -> list[str]:
-    """What processes need, of the engines for which it was measured."""
-    memory = record["memory"]
+def render_memory(record: dict[str, Any]) -> list[str]:
+    """A caption and a table of what processes need, of the engines for which it was measured."""
+    memory, names = record["memory"], engine_names(record)
     engines = [engine for engine in record["engines"] if f"full, {engine}" in memory]
     if not engines:
         return []
     rows = [[_KINDS[kind], *[f"{memory[f'{kind}, {e}']:,.0f}" for e in engines]] for kind in MEMORY_KINDS]
     return [
-        f"Peak memory of a process that does nothing else, batch size {record['memory_batch_size']}, MiB:",
-        _table(["", *[ENGINE_NAMES[engine] for engine in engines]], rows),
+        f"Peak memory{' of the GPU' if 'gpu' in record['machine'] else ''} of a process that does nothing else, "
+        f"batch size {record['memory_batch_size']}, MiB:",
+        _table(["", *[names[engine] for engine in engines]], rows),
     ]
 
 
