@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.integrate import trapezoid
 
 from transformers_badge.calibration.fitting import Goal, fit_rule
 from transformers_badge.calibration.replay import agreement, correctness, score_exits, take_exits
@@ -129,7 +130,7 @@ def speedup_at(axis: Array, losses: Array, allowed: float) -> float:
 def area(axis: Array, values: Array) -> float:
     """Mean of a curve over the speedups: the area under it, by its width."""
     width = np.ptp(axis)
-    return float(np.trapezoid(values, axis) / width) if width else float(values.mean())
+    return float(trapezoid(values, axis) / width) if width else float(values.mean())
 
 
 def goal_of(table: ExitTable) -> Goal:
