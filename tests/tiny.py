@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 from transformers.utils.import_utils import is_torch_greater_or_equal
 
 from transformers_badge import BadgeConfig, BadgeForSequenceClassification, ExitTable
+from transformers_badge.inference.compiled_stages import OLDEST_TORCH
 from transformers_badge.inference.onnx_export import EXPORT_TOOLS
 
 
@@ -24,6 +25,9 @@ PAD = 1
 # The package itself runs with an older torch than its exports are made with.
 exporting = pytest.mark.skipif(
     not is_torch_greater_or_equal(EXPORT_TOOLS["torch"]), reason=f"exports need torch {EXPORT_TOOLS['torch']} or newer"
+)
+compiling = pytest.mark.skipif(
+    not is_torch_greater_or_equal(OLDEST_TORCH), reason=f"the engine compiled needs torch {OLDEST_TORCH} or newer"
 )
 
 _BERT_LIKE = {

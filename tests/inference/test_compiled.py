@@ -4,11 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from tiny import FAMILIES, pad, random_rows, tiny_model, tiny_tokenizer
+from tiny import FAMILIES, compiling, pad, random_rows, tiny_model, tiny_tokenizer
 from transformers_badge import BadgeForSequenceClassification, BadgePredictor, ExitPolicy
+from transformers_badge.inference import compiled_stages
 from transformers_badge.inference.compiled_stages import CompiledStages
 from transformers_badge.model.early_exit_badge import predict_with_policy
 
+
+pytestmark = compiling
 
 LENGTHS = [2, 5, 60, 33, 12, 7, 90, 2, 3, 44]
 POLICY = {"criterion": "entropy", "threshold": 0.6}
@@ -103,3 +106,9 @@ def test_what_the_engine_does_not_take_is_named(tmp_path):
             BadgePredictor.from_pretrained(tmp_path, engine="compiled", **given)
     with pytest.raises(OSError, match="nowhere"):
         BadgePredictor.from_pretrained(tmp_path / "nowhere", engine="compiled")
+
+
+def test_a_torch_that_is_too_old_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(compiled_stages, "OLDEST_TORCH", "99.1")
+    with pytest.raises(RuntimeError, match=r"needs torch 99.1 or newer on a processor, and this is \d"):
+        BadgePredictor.from_pretrained(tmp_path, engine="compiled")

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from transformers.utils.import_utils import is_torch_greater_or_equal
 
 from transformers_badge.inference.exit_logits import digest_model
 from transformers_badge.inference.graphed_stages import GraphedStages
@@ -27,6 +28,7 @@ from transformers_badge.model.outputs_badge import BlockState
 
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+OLDEST_TORCH = "2.8"  # 2.6 fails at some stages, and answers wrongly where models share a process
 _MANY = 100_000
 
 
@@ -91,16 +93,21 @@ def load_compiled(
     Raises:
         OSError: there is no such checkpoint.
         ValueError: an unknown precision, or a device that is not here.
-        RuntimeError: torch.compile cannot compile here.
+        RuntimeError: torch.compile cannot compile here, or is too old to.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)} for engine='compiled', got {precision!r}.")
+    place = check_device(device)
+    if place.type != "cuda" and not is_torch_greater_or_equal(OLDEST_TORCH):
+        raise RuntimeError(
+            f"engine='compiled' needs torch {OLDEST_TORCH} or newer on a processor, and this is {torch.__version__}: "
+            "upgrade torch, or load the checkpoint with AutoModelForSequenceClassification."
+        )
     from transformers import AutoTokenizer
 
-    model = BadgeForSequenceClassification.from_pretrained(name_or_path, dtype=PRECISIONS[precision]).eval()
-    model.to(check_device(device))
+    model = BadgeForSequenceClassification.from_pretrained(name_or_path, dtype=PRECISIONS[precision]).eval().to(place)
     try:
-        stages = GraphedStages(model) if model.device.type == "cuda" else CompiledStages(model).compile()
+        stages = GraphedStages(model) if place.type == "cuda" else CompiledStages(model).compile()
     except torch._dynamo.exc.TorchDynamoException as error:
         raise RuntimeError(
             f"torch.compile cannot compile here ({str(error).splitlines()[0]}): it needs a C++ compiler, such as g++."
