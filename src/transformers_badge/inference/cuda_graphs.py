@@ -83,6 +83,7 @@ class CudaGraphs:
         self._most_tokens, self._most_positions = most_tokens, most_positions
         self._graphs: dict[tuple[str, Bucket], Graph | None] = {}
         self._memory: dict[Key, Tensor] = {}
+        self._buffers: dict[tuple[Key, Bucket], Tensor] = {}  # what of the memory a bucket has
         self._holds: dict[Key, Callable[[], Tensor | None]] = {}  # which tensor lies in it, for its bucket
         self._lock = Lock()
         self._pool: Any = None
@@ -119,7 +120,8 @@ class CudaGraphs:
 
     def _fill(self, name: str, tensor: Tensor, bucket: Bucket) -> Tensor:
         """The buffer of an input, with the tensor in its corner and 0 in the rest of it."""
-        key, buffer = _key(name, tensor), self._buffer(name, tensor, bucket)
+        key = _key(name, tensor)
+        buffer = self._buffer(key, tensor, bucket)
         if key in self._holds and self._holds[key]() is tensor:
             return buffer
         if tensor.shape == buffer.shape:
@@ -129,14 +131,15 @@ class CudaGraphs:
         self._holds[key] = weakref.ref(tensor)
         return buffer
 
-    def _buffer(self, name: str, like: Tensor, bucket: Bucket) -> Tensor:
+    def _buffer(self, key: Key, like: Tensor, bucket: Bucket) -> Tensor:
         """Where such a tensor lies in a bucket: in memory for the largest one, made before the first capture."""
-        key = _key(name, like)
-        if key not in self._memory:
-            size = (self._most_positions, *key[1])
-            self._memory[key] = torch.zeros(size, dtype=like.dtype, device=self._device)
-        filled = bucket if is_per_token(name, like) else bucket[:1]
-        return self._memory[key][: prod(filled)].view(*filled, *key[1])
+        if (key, bucket) not in self._buffers:  # a view takes as long as a kernel's launch
+            name, each, dtype = key
+            if key not in self._memory:
+                self._memory[key] = torch.zeros(self._most_positions, *each, dtype=dtype, device=self._device)
+            filled = bucket if is_per_token(name, like) else bucket[:1]
+            self._buffers[key, bucket] = self._memory[key][: prod(filled)].view(*filled, *each)
+        return self._buffers[key, bucket]
 
     def _capture(self, stage: str, given: Tensors, bucket: Bucket) -> Graph | None:
         """The graph of a stage; `None`: it does what cannot be in one."""
@@ -146,7 +149,7 @@ class CudaGraphs:
             outputs = self._stages[stage](**filled)
             for name, tensor in outputs.items():
                 if name != "logits":
-                    outputs[name] = self._buffer(name, tensor, bucket).copy_(tensor)
+                    outputs[name] = self._buffer(_key(name, tensor), tensor, bucket).copy_(tensor)
             return outputs
 
         try:
