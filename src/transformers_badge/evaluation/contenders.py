@@ -62,6 +62,7 @@ class Contenders:
         self.checkpoint, self.folder, self.threads, self.device = checkpoint, folder, threads, check_device(device)
         self.policies: dict[str, ExitPolicy] = {}  # by engine
         self.truncated_at: dict[str, int] = {}  # by engine: the index of the exit
+        self._engines: dict[str, Any] = {}
         torch.set_num_threads(threads)
 
     @cached_property
@@ -72,7 +73,7 @@ class Contenders:
     @property
     def max_tokens(self) -> int:
         """How many tokens a row may have."""
-        encoder = self.config.get_text_config()
+        encoder = self.config.encoder_config
         return int(get_adapter(encoder.model_type).max_tokens(encoder))
 
     @cached_property
@@ -117,10 +118,6 @@ class Contenders:
                     export_onnx(self.model, self.tokenizer, export, name)
                 self._engines[name] = BadgePredictor.from_pretrained(export, threads=self.threads)
         return self._engines[name]
-
-    @cached_property
-    def _engines(self) -> dict[str, Any]:
-        return {}
 
     def encode(self, rows: Any, tensors: str | None) -> Any:
         """Tokens of some rows."""
