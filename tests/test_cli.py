@@ -449,6 +449,8 @@ def test_bad_models_and_directories_are_named(encoder, data, trained, tmp_path, 
     message = failing(capsys, "predict", "no-such-model", data, "--output", tmp_path / "o.jsonl")
     assert "No checkpoint could be loaded from no-such-model" in message
     assert "not a BADGE one" in failing(capsys, "predict", encoder, data, "--output", tmp_path / "o.jsonl")
+    message = failing(capsys, "predict", trained[0], data, "--output", tmp_path / "o.jsonl", "--workers", 2)
+    assert "--workers is for exports, which" in message
     message = failing(capsys, "predict", trained[0], data, "--output", tmp_path / "o.jsonl", "--criterion", "vibes")
     assert "criterion must be one of" in message
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -476,8 +478,8 @@ def test_an_export_is_predicted_calibrated_and_evaluated_as_a_checkpoint_is(chec
     assert "onnxruntime-fp32" in printed
     export = checkpoint / "onnxruntime-fp32"
     answers = {}
-    for name, folder in (("model", checkpoint), ("export", export)):
-        code, _, err = run(capsys, "predict", folder, traffic, "--output", tmp_path / f"{name}.jsonl")
+    for name, folder, more in (("model", checkpoint, ()), ("export", export, ("--workers", 2))):
+        code, _, err = run(capsys, "predict", folder, traffic, "--output", tmp_path / f"{name}.jsonl", *more)
         assert code == 0, err
         answers[name] = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
     for field in ("text", "label", "exit_layer"):

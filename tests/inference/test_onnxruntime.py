@@ -172,15 +172,17 @@ def test_other_kinds_of_models_are_exported_too(fields, tmp_path):
     assert words == [predictor(text)[0] for text in ("w5 w6", "w7")]
 
 
-def test_a_stream_answers_thousands_of_rows_as_one_at_a_time(bert_model, fp32):
+def test_a_stream_answers_thousands_of_rows_as_one_at_a_time(bert_model, exports, fp32):
     lengths = np.random.default_rng(1).integers(1, 60, 2000)
     rows = [{"input_ids": row.tolist()} for row in random_rows(lengths.tolist(), seed=2)]
     alone = [fp32.early_exit_predict([row["input_ids"]], output_exit_logits=True) for row in rows]
     table = replace_logits(bert_model, np.concatenate([output.exit_logits for output in alone]))
     sure = far_from_threshold(table, fp32.config.exit_policy)
     assert sure.mean() > 0.99
-    for order in (np.arange(2000), np.argsort(lengths), np.argsort(-lengths)):
-        answers = list(fp32.early_exit_stream((rows[i] for i in order), 32))
+    side_by_side = BadgePredictor.from_pretrained(exports, workers=3)
+    streams = [(fp32, order, 32) for order in (np.arange(2000), np.argsort(lengths), np.argsort(-lengths))]
+    for predictor, order, batch_size in [*streams, *[(side_by_side, np.arange(2000), size) for size in (1, 8, 32)]]:
+        answers = list(predictor.early_exit_stream((rows[i] for i in order), batch_size))
         assert [answer.index for answer in answers] == list(range(2000))
         layers = np.array([answer.exit_layer for answer in answers])
         expected = np.array([alone[i].exit_layer[0] for i in order])
@@ -356,6 +358,10 @@ def test_bad_exports_are_named(export, exports, tmp_path):
         ValueError, match="ONNX Runtime has no provider 'TensorrtExecutionProvider' here: choose one of"
     ):
         load(export, provider="TensorrtExecutionProvider")
+    with pytest.raises(ValueError, match="workers must be a whole number of at least 1, got 0"):
+        load(export, workers=0)
+    with pytest.raises(ValueError, match="threads must be a whole number of at least 1, got 1.5"):
+        load(export, threads=1.5)
     (tmp_path / "empty").mkdir()
     with pytest.raises(OSError, match="There is no export in .*: make one with transformers-badge export"):
         load(tmp_path / "empty")

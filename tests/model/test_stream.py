@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import threading
 import weakref
 from dataclasses import replace
 from typing import ClassVar
@@ -409,6 +410,7 @@ class Scripted:
     def __init__(self, exits, first_layer=1):
         self.exit_layers = list(range(first_layer, first_layer + exits))
         self.leaves_at, self.began, self.ran, self.most_alive = {}, [], [], 0
+        self.lock = threading.Lock()
 
     def begin(self, rows):
         self.began.append(len(rows))
@@ -422,8 +424,9 @@ class Scripted:
         return state
 
     def run_block(self, layer, state):
-        self.ran.append((layer, len(state.numbers)))
-        self.most_alive = max(self.most_alive, len(set().union(*[rows.numbers.tolist() for rows in Rows.alive])))
+        with self.lock:
+            self.ran.append((layer, len(state.numbers)))
+            self.most_alive = max(self.most_alive, len(set().union(*[rows.numbers.tolist() for rows in Rows.alive])))
         return Rows(state.numbers)
 
     def read_exit(self, exit_index, state):
@@ -442,7 +445,7 @@ class Scripted:
         return logits
 
 
-def scripted_stream(stages, leaves_at, batch_size, in_order=True, lengths=None):
+def scripted_stream(stages, leaves_at, batch_size, in_order=True, lengths=None, workers=1):
     """Answers of scripted rows; counts in `stages.read` how many were read."""
     stages.read = 0
 
@@ -452,13 +455,16 @@ def scripted_stream(stages, leaves_at, batch_size, in_order=True, lengths=None):
             yield {"input_ids": [number, exit_index] + [0] * (lengths[number] if lengths is not None else 0)}
 
     policy = ExitPolicy(threshold=0.1)
-    return stream_with_policy(stages, rows(), batch_size, 2, policy, "single_label_classification", in_order)
+    return stream_with_policy(
+        stages, rows(), batch_size, 2, policy, "single_label_classification", in_order, workers=workers
+    )
 
 
+@pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("first_layer", [0, 1])
 @pytest.mark.parametrize("batch_size", [1, 5, 16, 40])
 @pytest.mark.parametrize("leaving", ["evenly", "late", "together"])
-def test_live_rows_are_at_most_batch_size_times_exits(batch_size, leaving, first_layer):
+def test_live_rows_are_at_most_batch_size_times_exits(batch_size, leaving, first_layer, workers):
     generator, exits, rows = np.random.default_rng(0), 6, 1500
     leaves_at = {
         "evenly": generator.integers(0, exits, rows),
@@ -466,11 +472,12 @@ def test_live_rows_are_at_most_batch_size_times_exits(batch_size, leaving, first
         "together": np.repeat(np.arange(rows // 50) % exits, 50),
     }[leaving].tolist()
     stages = Scripted(exits, first_layer)
-    answers = scripted_stream(stages, leaves_at, batch_size, lengths=generator.integers(0, 50, rows))
+    answers = scripted_stream(stages, leaves_at, batch_size, True, generator.integers(0, 50, rows), workers)
     expected = [min(exit_index, exits - 1) + first_layer for exit_index in leaves_at]
     assert [answer.exit_layer for answer in answers] == expected
-    before_blocks = LEXICAL_BATCH if first_layer == 0 else 0
-    assert batch_size < stages.most_alive <= batch_size * exits + before_blocks or (batch_size, before_blocks) == (1, 0)
+    before_blocks = LEXICAL_BATCH * workers if first_layer == 0 else 0
+    most = batch_size * (exits + (workers if workers > 1 else 0)) + before_blocks
+    assert batch_size < stages.most_alive <= most or (batch_size, before_blocks) == (1, 0)
 
 
 @pytest.mark.parametrize("first_layer", [0, 1])
@@ -487,12 +494,88 @@ def test_batches_are_full_until_the_end(in_order, first_layer):
         assert len(sizes) == -(-sum(sizes) // batch_size), f"block {layer} ran batches that were not full"
 
 
-def most_undelivered(window, monkeypatch, rows=4000, batch_size=4):
+class Meeting(Scripted):
+    """Stages of which a block waits for as many batches as there are to be side by side, or says that they do not come.
+
+    Args:
+        batches: how many.
+        patience: seconds that it waits.
+        shared: the control: the exit reads what the last block left, whoever's it is.
+    """
+
+    def __init__(self, exits, batches, patience=20, shared=False):
+        super().__init__(exits)
+        self.meeting, self.shared, self.last = threading.Barrier(batches, timeout=patience), shared, None
+
+    def run_block(self, layer, state):
+        state = self.last = super().run_block(layer, state)
+        if layer == 1:  # every row comes here: 4 batches of 2
+            self.meeting.wait()
+        return state
+
+    def read_exit(self, exit_index, state):
+        return super().read_exit(exit_index, self.last if self.shared else state)
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_batches_run_side_by_side(in_order):
+    leaves_at = [0, 0, 1, 1, 2, 2, 0, 0]
+
+    def answers(stages, workers):
+        return [(a.index, a.exit_layer) for a in scripted_stream(stages, leaves_at, 2, in_order, workers=workers)]
+
+    expected = [(index, exit_index + 1) for index, exit_index in enumerate(leaves_at)]
+    found = answers(Meeting(3, batches=2), workers=2)
+    assert (found if in_order else sorted(found)) == expected
+    assert sorted(answers(Meeting(3, batches=2, shared=True), workers=2)) != expected
+    assert sorted(answers(Meeting(3, batches=1, shared=True), workers=1)) == expected  # one by one nothing is shared
+    with pytest.raises(threading.BrokenBarrierError):  # alone a batch waits in vain
+        answers(Meeting(3, batches=2, patience=0.05), workers=1)
+
+
+@pytest.mark.parametrize("how", ["close", "forget", "finish", "error of the model"])
+def test_workers_are_gone_after_the_consumer_stops(how):
+    threads, stages = threading.active_count(), Scripted(6)
+    answers = scripted_stream(stages, np.random.default_rng(0).integers(0, 6, 2000).tolist(), 4, workers=3)
+    for _ in range(5):
+        next(answers)
+    assert threading.active_count() > threads
+    if how == "close":
+        answers.close()
+    elif how == "forget":
+        del answers
+    elif how == "finish":
+        list(answers)
+    else:
+        stages.begin = lambda rows: 1 / 0
+        with pytest.raises(ZeroDivisionError):
+            list(answers)
+    assert threading.active_count() == threads
+    assert not Rows.alive
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_rows_before_an_error_are_answered_by_workers_too(in_order, short_sight):
+    stages, leaves_at = Scripted(4), iter([0, 3, 1, 2] * 25)
+
+    def rows():
+        for number, exit_index in enumerate(leaves_at):
+            yield {"input_ids": [number, exit_index]}
+        raise LookupError("no more rows")
+
+    policy = ExitPolicy(threshold=0.1)
+    answers = stream_with_policy(stages, rows(), 4, 2, policy, "single_label_classification", in_order, workers=3)
+    answered, error = until_error(answers)
+    assert isinstance(error, LookupError)
+    assert sorted(answered) == list(range(100))
+
+
+def most_undelivered(window, monkeypatch, rows=4000, batch_size=4, workers=1):
     """Rows that were read and not delivered, at most, when the first row goes deep and all others leave at once."""
     monkeypatch.setattr(stream_badge, "READ_AHEAD", 8)
     monkeypatch.setattr(stream_badge, "WINDOW", window)
     stages, most = Scripted(6), 0
-    answers = scripted_stream(stages, [9] + [0] * (rows - 1), batch_size)
+    answers = scripted_stream(stages, [9] + [0] * (rows - 1), batch_size, workers=workers)
     for delivered, answer in enumerate(answers):
         assert answer.index == delivered
         most = max(most, stages.read - delivered)
@@ -502,6 +585,7 @@ def most_undelivered(window, monkeypatch, rows=4000, batch_size=4):
 def test_a_row_that_goes_deep_does_not_hold_up_the_others_for_ever(monkeypatch):
     batch_size = 4
     assert 16 * batch_size < most_undelivered(16, monkeypatch) <= (16 + 6 + 8) * batch_size
+    assert most_undelivered(16, monkeypatch, workers=3) <= (16 + 6 + 3 + 8) * batch_size
     assert most_undelivered(10**6, monkeypatch) == 4000  # the control: without a window everything waits
 
 

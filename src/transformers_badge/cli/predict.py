@@ -20,6 +20,9 @@ def predict(
         str | None, typer.Option(help="As in docs/exit-policies.md. Default: the checkpoint's.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per batch; no answer depends on it.")] = 32,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Of an export: how many batches run side by side, each with one thread.")
+    ] = 1,
 ) -> None:
     """Classify the rows of a file, each at the first exit that is ready.
 
@@ -35,7 +38,7 @@ def predict(
     from transformers_badge.training.data import load_table, text_columns
     from transformers_badge.training.fine_tune import check_output_directory
 
-    model, tokenizer = load_model(checkpoint)
+    model, tokenizer = load_model(checkpoint, workers)
     columns = text_columns(load_table(data), text_column, data)
     check_output_directory(output.parent)
     given = {"threshold": threshold, "criterion": criterion}

@@ -14,18 +14,24 @@ class Rows:
     labels: list[int] | None
 
 
-def load_model(checkpoint: str) -> tuple[Any, Any]:
+def load_model(checkpoint: str, workers: int = 1) -> tuple[Any, Any]:
     """A BADGE model, in eval mode, or an export of one; and its tokenizer.
+
+    Args:
+        checkpoint: a folder or a hub name.
+        workers: of an export, see `BadgePredictor.from_pretrained`.
 
     Raises:
         OSError: nothing could be loaded.
-        ValueError: it is another kind of model.
+        ValueError: it is another kind of model, or no export and there are to be several workers.
     """
     from transformers_badge.inference.predictor import MANIFEST, BadgePredictor
 
     if (Path(checkpoint) / MANIFEST).is_file():
-        predictor = BadgePredictor.from_pretrained(checkpoint)
+        predictor = BadgePredictor.from_pretrained(checkpoint, workers=workers)
         return predictor, predictor.tokenizer
+    if workers > 1:
+        raise ValueError(f"--workers is for exports, which {checkpoint} is not: make one with export.")
     from transformers import AutoConfig, AutoTokenizer
 
     from transformers_badge import BadgeForSequenceClassification

@@ -15,7 +15,15 @@ import torch
 
 from transformers_badge.calibration.fitting import expected_losses
 from transformers_badge.calibration.replay import replay, score_exits
-from transformers_badge.evaluation.contenders import COMPILED, ENGINES, Contenders, Run, Texts
+from transformers_badge.evaluation.contenders import (
+    COMPILED,
+    ENGINES,
+    ON_PROCESSORS,
+    SIDE_BY_SIDE,
+    Contenders,
+    Run,
+    Texts,
+)
 from transformers_badge.evaluation.curves import measure, run_thresholds
 from transformers_badge.evaluation.timing import describe_machine, peak_of_this_process, time_in_turns
 from transformers_badge.exit_table import ExitTable
@@ -25,8 +33,9 @@ from transformers_badge.model.policy_badge import ExitPolicy
 
 
 PIPELINE = "pipeline"
-_KINDS = ("full", "early exit", "truncated", "deeper", "nobody leaves")
-MEMORY_KINDS = ("full", "early exit", "stream")
+_KINDS = ("full", "early exit", "truncated", "deeper", "nobody leaves", "stream")
+_PARALLEL_KINDS = (f"full{SIDE_BY_SIDE}", f"stream{SIDE_BY_SIDE}")
+MEMORY_KINDS = ("full", "early exit", "stream", *_PARALLEL_KINDS)
 MEMORY_BATCH = 32
 BATCHES = 8  # that are timed at least
 
@@ -99,7 +108,8 @@ def benchmark_checkpoint(
         entry["policy"] = policy.to_dict()
         depths[engine] = np.asarray(table.exit_layers)[replay(table, policy)]
         contenders.truncated_at[engine] = entry["truncated_exit"]
-        runs.update({f"{kind}, {engine}": contenders.run(kind, engine) for kind in (*_KINDS, "stream")})
+        kinds = [kind for kind in (*_KINDS, *_PARALLEL_KINDS) if _is_there(kind, engine, threads)]
+        runs.update({f"{kind}, {engine}": contenders.run(kind, engine) for kind in kinds})
     record["batch_sizes"] = {}
     for size in batch_sizes:
         on_step(f"batch size {size}")
@@ -119,10 +129,15 @@ def benchmark_checkpoint(
         f"{kind}, {engine}": peak_memory(contenders, kind, engine, texts[:rows])
         for engine in engines
         for kind in MEMORY_KINDS
-        if on_gpu or engine not in COMPILED  # compiling takes more than running
+        if _is_there(kind, engine, threads) and (on_gpu or engine not in COMPILED)  # compiling takes more than running
     }
     record["memory_batch_size"] = MEMORY_BATCH
     return record
+
+
+def _is_there(kind: str, engine: str, threads: int) -> bool:
+    """Whether a contender of this kind runs on this engine: side by side only where a thread leaves the others free."""
+    return kind not in _PARALLEL_KINDS or (engine in ON_PROCESSORS and threads > 1)
 
 
 def choose_policy(table: ExitTable, policy: ExitPolicy, max_lost: float) -> ExitPolicy:
@@ -196,12 +211,16 @@ def _time(
             ratios[f"{ours} over {base}"] = timings.speedup(ours, base)
         for base in (PIPELINE, f"full, {engine}", ours):
             ratios[f"{streamed} over {base}"] = timings.speedup(streamed, base)
+        full_parallel, parallel = (f"{kind}, {engine}" for kind in _PARALLEL_KINDS)
+        if parallel in runs:
+            for base in (PIPELINE, f"full, {engine}", full_parallel, streamed):
+                ratios[f"{parallel} over {base}"] = timings.speedup(parallel, base)
         ratios[f"cost of exits, {engine}"] = timings.speedup(f"full, {engine}", f"nobody leaves, {engine}")
         for name in (ours, streamed):
             ratios[f"arrives, {name}"] = timings.speedup(name, f"ideal, {engine}")
     latency = {}
     for name, by_run in batches.items():
-        if not name.startswith("stream"):
+        if not name.startswith("stream") and SIDE_BY_SIDE not in name:
             p50, p99 = 1000 * np.quantile(np.concatenate(by_run[-rounds:]), [0.5, 0.99])  # without the warm-up
             latency[name] = {"p50": float(p50), "p99": float(p99)}
     return {

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers_badge.evaluation.benchmark import MEMORY_KINDS, PIPELINE
+from transformers_badge.evaluation.contenders import SIDE_BY_SIDE
 from transformers_badge.evaluation.plots import plot_engines
 from transformers_badge.evaluation.timing import with_spread
 
@@ -24,6 +25,8 @@ _KINDS = {
     "deeper": "stopping at the next exit",
     "early exit": "**early exit**",
     "stream": "**early exit, streamed**",
+    f"stream{SIDE_BY_SIDE}": "**early exit, streamed side by side**",
+    f"full{SIDE_BY_SIDE}": "full model, batches side by side",
     "nobody leaves": "every exit, nobody leaves",
 }
 
@@ -53,7 +56,8 @@ def render_benchmark(record: dict[str, Any]) -> str:
     names = engine_names(record)
     sizes, engines = list(record["batch_sizes"]), list(record["engines"])
     by_size = record["batch_sizes"].values()
-    contenders = [f"{kind}, {engine}" for kind in _KINDS for engine in engines]
+    there = next(iter(by_size))["milliseconds_per_row"]
+    contenders = [name for kind in _KINDS for engine in engines if (name := f"{kind}, {engine}") in there]
     return "\n\n".join(
         [
             _table(
@@ -99,7 +103,7 @@ def render_benchmark(record: dict[str, Any]) -> str:
                         "{p50:.1f} / {p99:.1f}".format(**entry["latency"][name]) for entry in by_size
                     ]
                     for name in [PIPELINE, *contenders]
-                    if not name.startswith("stream")
+                    if name in next(iter(by_size))["latency"]
                 },
             ),
             "Where a row's time goes with early exit, milliseconds per row:",
@@ -115,7 +119,11 @@ def render_memory(record: dict[str, Any]) -> list[str]:
     engines = [engine for engine in record["engines"] if f"full, {engine}" in memory]
     if not engines:
         return []
-    rows = [[_KINDS[kind], *[f"{memory[f'{kind}, {e}']:,.0f}" for e in engines]] for kind in MEMORY_KINDS]
+    rows = [
+        [_KINDS[kind], *[f"{memory[name]:,.0f}" if (name := f"{kind}, {e}") in memory else "" for e in engines]]
+        for kind in MEMORY_KINDS
+        if any(f"{kind}, {e}" in memory for e in engines)
+    ]
     return [
         f"Peak memory{' of the GPU' if 'gpu' in record['machine'] else ''} of a process that does nothing else, "
         f"batch size {record['memory_batch_size']}, MiB:",
@@ -136,6 +144,7 @@ def ratios(record: dict[str, Any]) -> list[tuple[str, str]]:
     found = []
     for engine in record["engines"]:
         name, ours = engine_names(record)[engine], f"early exit, {engine}"
+        parallel = f"stream{SIDE_BY_SIDE}, {engine}"
         found += [
             (f"{ours} over {PIPELINE}", f"early exit {name} over transformers' pipeline"),
             (f"{ours} over full, {engine}", f"early exit {name} over the full model there"),
@@ -144,6 +153,10 @@ def ratios(record: dict[str, Any]) -> list[tuple[str, str]]:
             (f"stream, {engine} over {PIPELINE}", f"streamed {name} over transformers' pipeline"),
             (f"stream, {engine} over full, {engine}", f"streamed {name} over the full model there"),
             (f"stream, {engine} over {ours}", f"streamed over batch by batch, {name}"),
+            (f"{parallel} over {PIPELINE}", f"side by side {name} over transformers' pipeline"),
+            (f"{parallel} over full, {engine}", f"side by side {name} over the full model there"),
+            (f"{parallel} over full{SIDE_BY_SIDE}, {engine}", f"side by side {name} over the full model side by side"),
+            (f"{parallel} over stream, {engine}", f"side by side over streamed by itself, {name}"),
             (f"cost of exits, {engine}", f"time of nobody leaving over the full model, {name}"),
             (f"arrives, {ours}", f"ideal time over time, {name}"),
             (f"arrives, stream, {engine}", f"ideal time over time, streamed, {name}"),

@@ -3,6 +3,7 @@
 import copy
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from transformers_badge.model.policy_badge import ExitPolicy
 Texts = Sequence[str] | Sequence[tuple[str, ...]]
 Run = Callable[[Texts, int], list[float]]  # texts and batch size to the seconds of every batch
 
+SIDE_BY_SIDE = " side by side"  # behind the kind of a contender that runs a batch per thread
 COMPILED = {"compiled": "fp32", "bf16": "bf16"}  # by torch.compile, and the precision
 # fp32 and int8 in ONNX Runtime; bf16 is compiled, for processors that have it.
 ON_PROCESSORS = ("fp32", "int8")
@@ -54,7 +56,7 @@ class Contenders:
     Args:
         checkpoint: a BADGE checkpoint.
         folder: where graphs of ONNX Runtime go, or lie.
-        threads: of torch and of ONNX Runtime.
+        threads: of torch and of ONNX Runtime; so many batches run side by side, where they do.
         device: where torch runs. On a GPU the full models run as CUDA graphs where ours do.
     """
 
@@ -62,7 +64,7 @@ class Contenders:
         self.checkpoint, self.folder, self.threads, self.device = checkpoint, folder, threads, check_device(device)
         self.policies: dict[str, ExitPolicy] = {}  # by engine
         self.truncated_at: dict[str, int] = {}  # by engine: the index of the exit
-        self._engines: dict[str, Any] = {}
+        self._engines: dict[tuple[str, int], Any] = {}
         torch.set_num_threads(threads)
 
     @cached_property
@@ -103,21 +105,23 @@ class Contenders:
             plain.save_pretrained(folder)
         return AutoModelForSequenceClassification.from_pretrained(folder).eval().to(self.device)
 
-    def engine(self, name: str) -> Any:
-        """A model or predictor."""
-        if name not in self._engines:
+    def engine(self, name: str, workers: int = 1) -> Any:
+        """A model or predictor; several workers have a thread each."""
+        key = name, workers
+        if key not in self._engines:
             if name == "eager":
-                self._engines[name] = self.model
+                self._engines[key] = self.model
             elif name in COMPILED:
-                self._engines[name] = BadgePredictor.from_pretrained(
+                self._engines[key] = BadgePredictor.from_pretrained(
                     self.checkpoint, engine="compiled", precision=COMPILED[name], device=str(self.device)
                 )
             else:
                 export = self.folder / f"ours-{name}"
                 if not export.exists():
                     export_onnx(self.model, self.tokenizer, export, name)
-                self._engines[name] = BadgePredictor.from_pretrained(export, threads=self.threads)
-        return self._engines[name]
+                threads = self.threads if workers == 1 else 1
+                self._engines[key] = BadgePredictor.from_pretrained(export, threads=threads, workers=workers)
+        return self._engines[key]
 
     def encode(self, rows: Any, tensors: str | None) -> Any:
         """Tokens of some rows."""
@@ -131,8 +135,10 @@ class Contenders:
         """A contender."""
         if kind == "full":
             return self._batches(*self._full(engine))
-        if kind == "stream":
-            return self._stream(engine)
+        if kind == f"full{SIDE_BY_SIDE}":
+            return self._full_side_by_side(engine)
+        if kind.startswith("stream"):
+            return self._stream(engine, self.threads if kind.endswith(SIDE_BY_SIDE) else 1)
         model, tensors = self.engine(engine), "pt" if engine == "eager" else "np"
         policy = {
             "early exit": lambda: self.policies[engine],
@@ -162,7 +168,7 @@ class Contenders:
 
     def _full(self, engine: str) -> tuple[Callable[[Any], Any], str]:
         if engine in ("fp32", "int8"):
-            session = self._session(engine)
+            session = self._session(engine, self.threads)
             return lambda batch: session.run(None, {key: v.astype(np.int64) for key, v in batch.items()}), "np"
         plain = copy.deepcopy(self.plain).bfloat16() if engine == "bf16" else self.plain
         if engine in COMPILED and self.device.type == "cuda":
@@ -188,14 +194,29 @@ class Contenders:
 
         return predict
 
-    def _session(self, precision: str) -> Any:
+    def _full_side_by_side(self, engine: str) -> Run:
+        """The full model in ONNX Runtime, a batch per thread."""
+        session = self._session(engine, 1)
+
+        def predict(rows: Texts) -> None:
+            session.run(None, {key: value.astype(np.int64) for key, value in self.encode(rows, "np").items()})
+
+        def run(texts: Texts, size: int) -> list[float]:
+            begin = time.perf_counter()
+            with ThreadPoolExecutor(self.threads) as pool:
+                list(pool.map(predict, [texts[start : start + size] for start in range(0, len(texts), size)]))
+            return [time.perf_counter() - begin]
+
+        return run
+
+    def _session(self, precision: str, threads: int) -> Any:
         """The full model in ONNX Runtime; int8 by its own dynamic quantization."""
         runtime = import_onnxruntime()
         path = self.folder / f"full-{precision}.onnx"
         if not path.exists():
             self._export_full(self.folder / "full-fp32.onnx", self.folder / "full-int8.onnx")
         options = runtime.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = self.threads, 3
+        options.intra_op_num_threads, options.log_severity_level = threads, 3
         return runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def _export_full(self, fp32: Path, int8: Path) -> None:
@@ -238,8 +259,8 @@ class Contenders:
 
         return run
 
-    def _stream(self, engine: str) -> Run:
-        model, policy = self.engine(engine), self.policies[engine]
+    def _stream(self, engine: str, workers: int) -> Run:
+        model, policy = self.engine(engine, workers), self.policies[engine]
 
         def run(texts: Texts, size: int) -> list[float]:
             begin = time.perf_counter()

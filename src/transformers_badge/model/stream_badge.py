@@ -4,18 +4,21 @@
 
 The deepest pool that holds a full batch runs first; new rows begin when none does, and at the end of the input the
 shallowest pool runs first, whose rows fill the next one. An exit of depth 0 reads tokens alone, and its batches are not
-smaller than LEXICAL_BATCH. Memory is bounded: at most batch_size x exits rows are inside the model (LEXICAL_BATCH more
-before the first block), READ_AHEAD x batch_size rows are read ahead, and results that wait for an earlier row are at
-most (WINDOW + exits) x batch_size, since a row that holds up more than WINDOW batches is run in whatever company it
-has.
+smaller than LEXICAL_BATCH. With several workers that many batches run side by side. Memory is bounded: at most
+batch_size x exits rows are inside the model (with several workers batch_size x workers more; before the first block
+LEXICAL_BATCH more for each), READ_AHEAD x batch_size rows are read ahead, and results that wait for an earlier row are
+at most (WINDOW + exits + workers) x batch_size, since a row that holds up more than WINDOW batches is run in whatever
+company it has.
 
 It is written over `Stages` and in numpy, so that every engine can be streamed.
 """
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,6 +50,19 @@ class StreamedRow:
     exit_layer: int
 
 
+# What a run leaves: the answers of rows that left, the index of the exit, and the batches that stay behind it.
+_Ran = tuple[list[StreamedRow], int, list[Batch[State]]]
+
+
+class _InThisThread(Executor):
+    """Runs what it is given at once."""
+
+    def submit(self, function: Callable[..., Any], /, *given: Any, **named: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(function(*given, **named))
+        return future
+
+
 def stream_with_policy(
     stages: Stages[State],
     rows: Iterable[dict[str, list[int]]],
@@ -56,6 +72,7 @@ def stream_with_policy(
     problem_type: str,
     in_order: bool = True,
     running: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    workers: int = 1,
 ) -> Generator[StreamedRow, None, None]:
     """Answer rows as they come, each as `predict_with_policy` answers it by itself.
 
@@ -64,7 +81,9 @@ def stream_with_policy(
         rows: tokens, as `Stages.begin` takes them. What it raises is raised after the rows before it are answered.
         policy: when to leave; at the last exit everyone does.
         in_order: answer in the order of the rows; or else as they finish.
-        running: a context around every use of the stages; it is never open while rows are read or an answer is out.
+        running: a context around every use of the stages; in the consumer's thread it is never open while rows are read
+            or an answer is out.
+        workers: how many batches run side by side, each in a thread of its own; 1: in the consumer's.
     """
     thresholds = policy.thresholds(len(stages.exit_layers))
     lexical_only = stages.exit_layers[0] == 0 and thresholds[0] is not None  # the first run stops before the blocks
@@ -74,52 +93,74 @@ def stream_with_policy(
     fresh: deque[tuple[int, dict[str, list[int]]]] = deque()
     read = delivered = last_length = 0
     finished: dict[int, StreamedRow] = {}
+    at_work: set[Future[_Ran[State]]] = set()
 
     def length(row: tuple[int, dict[str, list[int]]]) -> int:
         return len(row[1]["input_ids"])
 
-    def start() -> Batch[State]:
-        """A batch of rows that have not begun."""
-        numbers, tokens = zip(*[fresh.popleft() for _ in range(min(first_size, len(fresh)))], strict=True)
+    def read_ahead() -> None:
+        nonlocal ended, error, read, last_length
+        chunk, error = take(source, READ_AHEAD * batch_size)
+        ended = len(chunk) < READ_AHEAD * batch_size
+        fresh.extend(sorted(enumerate(chunk, read), key=length))
+        read += len(chunk)
+        # From the end nearer to what ran last: then rows of two chunks that meet in a pool are alike in length.
+        if fresh and abs(length(fresh[-1]) - last_length) < abs(length(fresh[0]) - last_length):
+            fresh.reverse()
+        if fresh:
+            last_length = length(fresh[-1])
+
+    def next_batch() -> Callable[[], Batch[State]] | None:
+        """What makes the batch that is to run next; `None`: no rows wait."""
+        while True:
+            overdue = delivered if in_order and len(finished) > WINDOW * batch_size else None
+            choice = _choose(pools, batch_size, overdue, drain=ended and not fresh)
+            if choice is not None:
+                with running():
+                    return partial(_join, stages, _take_batches(stages, *choice, batch_size))
+            if fresh:
+                return partial(begin, [fresh.popleft() for _ in range(min(first_size, len(fresh)))])
+            if ended:
+                return None
+            read_ahead()
+
+    def begin(numbered: list[tuple[int, dict[str, list[int]]]]) -> Batch[State]:
+        numbers, tokens = zip(*numbered, strict=True)
         return Batch.fresh(*stages.begin(list(tokens)), np.array(numbers), num_labels)
 
-    def run(batch: Batch[State]) -> list[StreamedRow]:
-        """Run a batch to the next exit; who stays goes into the pool behind it."""
-        batch, leaves = run_to_exit(stages, batch, policy, thresholds, problem_type)
-        exit_index = batch.exit_logits.shape[1] - 1
-        staying = np.flatnonzero(~leaves)
-        for part in np.split(staying, range(batch_size, len(staying), batch_size)) if len(staying) else ():
-            pools[exit_index].append(keep_rows(stages, batch, part) if len(part) < len(batch) else batch)
-        return [
+    def run(make: Callable[[], Batch[State]]) -> _Ran[State]:
+        """Run a batch to the next exit; if it is full, until somebody leaves: it would be the next to run anyway."""
+        with running():
+            batch, leaves = run_to_exit(stages, make(), policy, thresholds, problem_type)
+            while not leaves.any() and len(batch) == batch_size:
+                batch, leaves = run_to_exit(stages, batch, policy, thresholds, problem_type)
+            exit_index = batch.exit_logits.shape[1] - 1
+            staying = np.flatnonzero(~leaves)
+            parts = np.split(staying, range(batch_size, len(staying), batch_size)) if len(staying) else []
+            kept = [keep_rows(stages, batch, part) if len(part) < len(batch) else batch for part in parts]
+        answers = [
             StreamedRow(int(batch.rows[place]), batch.exit_logits[place, -1].copy(), stages.exit_layers[exit_index])
             for place in np.flatnonzero(leaves)
         ]
+        return answers, exit_index, kept
 
-    while True:
-        overdue = delivered if in_order and len(finished) > WINDOW * batch_size else None
-        choice = _choose(pools, batch_size, overdue, drain=ended and not fresh)
-        if choice is None and not fresh:
-            if ended:
+    with ThreadPoolExecutor(workers) if workers > 1 else _InThisThread() as executor:
+        while True:
+            while len(at_work) < workers:
+                make = next_batch()
+                if make is None:
+                    break
+                at_work.add(executor.submit(run, make))
+            if not at_work:
                 break
-            chunk, error = take(source, READ_AHEAD * batch_size)
-            ended = len(chunk) < READ_AHEAD * batch_size
-            fresh.extend(sorted(enumerate(chunk, read), key=length))
-            read += len(chunk)
-            # From the end nearer to what ran last: then rows of two chunks that meet in a pool are alike in length.
-            if fresh and abs(length(fresh[-1]) - last_length) < abs(length(fresh[0]) - last_length):
-                fresh.reverse()
-            if fresh:
-                last_length = length(fresh[-1])
-            continue
-        with running():
-            answers = run(start() if choice is None else _take_batch(stages, *choice, batch_size))
-        if in_order:
-            finished.update({answer.index: answer for answer in answers})
-            while delivered in finished:
-                yield finished.pop(delivered)
+            done, at_work = wait(at_work, return_when=FIRST_COMPLETED)
+            while done:  # popped, so that an error does not hold on to the frame that holds on to it
+                answers, exit_index, kept = done.pop().result()
+                pools[exit_index].extend(kept)
+                finished.update({answer.index: answer for answer in answers})
+            while finished and (delivered in finished or not in_order):
+                yield finished.pop(delivered if in_order else next(iter(finished)))
                 delivered += 1
-        else:
-            yield from answers
     if error is not None:
         raise error
 
@@ -144,7 +185,7 @@ def _choose(
     return None
 
 
-def _take_batch(stages: Stages[State], pool: list[Batch[State]], place: int, batch_size: int) -> Batch[State]:
+def _take_batches(stages: Stages[State], pool: list[Batch[State]], place: int, batch_size: int) -> list[Batch[State]]:
     """Take up to `batch_size` rows out of a pool: those at `place`, and those nearest to them in length."""
     first = pool.pop(place)
     width, room, taken = first.mask.shape[1], batch_size - len(first), [first]
@@ -159,14 +200,19 @@ def _take_batch(stages: Stages[State], pool: list[Batch[State]], place: int, bat
             waiting = keep_rows(stages, waiting, np.sort(nearest[:room]))
         taken.append(waiting)
         room -= len(waiting)
-    if len(taken) == 1:
-        return first
-    state, mask = stages.merge([batch.state for batch in taken], [batch.mask for batch in taken])
+    return taken
+
+
+def _join(stages: Stages[State], batches: list[Batch[State]]) -> Batch[State]:
+    """One batch of several at the same depth."""
+    if len(batches) == 1:
+        return batches[0]
+    state, mask = stages.merge([batch.state for batch in batches], [batch.mask for batch in batches])
     return Batch(
         state,
         mask,
-        np.concatenate([batch.rows for batch in taken]),
-        np.concatenate([batch.exit_logits for batch in taken]),
+        np.concatenate([batch.rows for batch in batches]),
+        np.concatenate([batch.exit_logits for batch in batches]),
     )
 
 
