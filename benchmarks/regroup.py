@@ -5,8 +5,9 @@ of reviews. Contenders take turns on the same rows, which are tokenized already:
 
     regrouped           early_exit_stream, rows in the order of arrival, answers in that order
     regrouped, sorted   early_exit_stream, all rows sorted by length first, as predict_texts does
-    shrinking           early_exit_predict on batches in the order of arrival
-    shrinking, sorted   early_exit_predict on batches of all rows sorted by length
+    shrinking           batches in the order of arrival that only shrink (plain compaction)
+    shrinking, sorted   the same with all rows sorted by length
+    split               early_exit_predict on batches in the order of arrival: it parts rows unlike in length
 
 Example: python benchmarks/regroup.py --output-dir bench-output --rows 1000 --rounds 2
 """
@@ -44,6 +45,7 @@ class Scripted(BadgeForSequenceClassification):
     The depth travels with a row in the place of the lexical exit's logits, which no exit reads here.
     """
 
+    run_cost = float("inf")  # batches stay together
     cells = 0  # rows x columns that blocks have run on, padding included
     block_runs = 0
 
@@ -80,6 +82,12 @@ def by_length(rows: list[Row]) -> list[int]:
     return sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]))
 
 
+class SplitByLength(Scripted):
+    """The same, with batches parted as they are by themselves."""
+
+    run_cost = BadgeForSequenceClassification.run_cost
+
+
 def shrinking(model: Scripted, rows: list[Row], order: list[int], batch_size: int) -> np.ndarray:
     """Exit layers of the rows, batch by batch in this order."""
     layers = np.zeros(len(rows), dtype=int)
@@ -109,13 +117,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--device", default="cpu")
-    names = ("regrouped", "regrouped, sorted", "shrinking", "shrinking, sorted")
+    names = ("regrouped", "regrouped, sorted", "shrinking", "shrinking, sorted", "split")
     parser.add_argument("--contender", choices=names, action="append", help="Repeat for several. Default: all.")
     arguments = parser.parse_args()
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(0)
     model = Scripted(BadgeConfig(exit_policy=POLICY)).eval().to(arguments.device)
+    splitting = SplitByLength(model.config).eval().to(arguments.device)
+    splitting.load_state_dict(model.state_dict())
     blocks, size = model.config.num_hidden_layers, arguments.batch_size
     rows, depths = make_rows(arguments.rows, blocks, model.config.encoder_config.vocab_size)
     arrival = list(range(len(rows)))
@@ -124,16 +134,18 @@ def main() -> None:
         "regrouped, sorted": lambda: regrouped(model, rows, by_length(rows), size, in_order=False),
         "shrinking": lambda: shrinking(model, rows, arrival, size),
         "shrinking, sorted": lambda: shrinking(model, rows, by_length(rows), size),
+        "split": lambda: shrinking(splitting, rows, arrival, size),
     }
     calls = {name: call for name, call in every.items() if name in (arguments.contender or names)}
     work: dict[str, dict[str, float]] = {}
 
     def contender(name: str) -> Callable[[], None]:
         def call() -> None:
-            model.cells = model.block_runs = 0
+            ran = splitting if name == "split" else model
+            ran.cells = ran.block_runs = 0
             layers = calls[name]()
             assert np.array_equal(layers, depths), f"{name}: a row left at another exit than it was told to"
-            work[name] = {"cells": model.cells, "block_runs": model.block_runs}
+            work[name] = {"cells": ran.cells, "block_runs": ran.block_runs}
 
         return call
 

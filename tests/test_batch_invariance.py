@@ -2,8 +2,8 @@
 batch size.
 
 2,000 random batches (1 to 64 rows of 1 to 128 tokens; all families, exit 0, every criterion) against one row at a time:
-the same exit layer and the same label. Rows with a score within 1e-5 of a threshold may differ in float rounding: they
-are counted and printed.
+the same exit layer and the same label. Most batches are parted by length on the way: they are counted. Rows with a
+score within 1e-5 of a threshold may differ in float rounding: they are counted and printed.
 """
 
 import numpy as np
@@ -14,6 +14,7 @@ from tiny import FAMILIES, pad, random_rows, tiny_model
 from transformers_badge import ExitPolicy, ExitTable
 from transformers_badge.calibration.replay import score_exits, take_exits
 from transformers_badge.model.criteria_badge import COMBINATORS, CRITERIA
+from transformers_badge.model.early_exit_badge import length_groups
 
 
 BATCHES = 2000
@@ -100,13 +101,15 @@ def pools():
 def test_2000_random_batches_answer_as_one_row_at_a_time(pools, record_property):
     generator = np.random.default_rng(3)
     cells = [(family, name) for family in sorted(pools) for name in POLICIES]
-    wrong, excused, rows, batches = {}, 0, 0, 0
+    wrong, excused, rows, batches, parted = {}, 0, 0, 0, 0
     for index, (family, name) in enumerate(cells):
         pool = pools[family]
         pool.prepare(POLICIES[name])
         for number in range(BATCHES // len(cells) + (index < BATCHES % len(cells))):
             chosen = generator.integers(0, len(pool.rows), generator.integers(1, 65))
             bad, close = pool.compare(chosen, "left" if number % 4 == 0 else "right")
+            mask = pad([pool.rows[i] for i in chosen])["attention_mask"].numpy() > 0
+            parted += len(length_groups(mask, pool.model.run_cost)) > 1
             wrong[family, name] = wrong.get((family, name), 0) + bad
             excused, rows, batches = excused + close, rows + len(chosen), batches + 1
     record_property(
@@ -115,6 +118,7 @@ def test_2000_random_batches_answer_as_one_row_at_a_time(pools, record_property)
         f"{excused} more with a score within 1e-5 of a threshold",
     )
     assert batches == BATCHES
+    assert BATCHES / 2 < parted < BATCHES
     assert {cell: count for cell, count in wrong.items() if count} == {}
 
 

@@ -88,7 +88,7 @@ def test_in_the_ideal_time_rows_pay_for_what_they_need(contenders, monkeypatch):
     parts = [("tokenization",), ("begin",), ("embed",), ("run_block", 1), ("run_block", 2)]
     parts += [("read_exit", 0), ("read_exit", 1), ("read_exit", 2), ("compact",)]
     seconds = {part: 10.0**place for place, part in enumerate(parts)}
-    monkeypatch.setattr(benchmark, "_profile", lambda *given: (seconds, 1e9))
+    monkeypatch.setattr(benchmark, "_profile", lambda *given, whole: (seconds, 1e9))
     depths = (nobody, np.array([0, 0, 1, 2]), everybody)
     ideal = [ideal_milliseconds(contenders, "eager", texts, 2, row_depths) for row_depths in depths]
     assert ideal == [pytest.approx(1000 / 4 * value) for value in (100_011, 3_103_061, 11_111_111)]

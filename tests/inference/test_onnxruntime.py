@@ -42,6 +42,7 @@ from transformers_badge.inference.onnx_stages import GRAPH, LEXICAL
 from transformers_badge.inference.predictor import FORMAT, MANIFEST, digest_file, digest_weights
 from transformers_badge.inference.rowwise_int8 import quantize_rowwise
 from transformers_badge.inference.stage_modules import unused_sizes
+from transformers_badge.model.early_exit_badge import length_groups
 
 
 pytestmark = exporting
@@ -180,6 +181,12 @@ def test_a_stream_answers_thousands_of_rows_as_one_at_a_time(bert_model, exports
     sure = far_from_threshold(table, fp32.config.exit_policy)
     assert sure.mean() > 0.99
     side_by_side = BadgePredictor.from_pretrained(exports, workers=3)
+    for start in range(0, 960, 64):  # batches are parted by length
+        batch = pad([torch.tensor(row["input_ids"]) for row in rows[start : start + 64]])
+        assert len(length_groups(batch["attention_mask"].numpy() > 0, side_by_side.stages.run_cost)) > 1
+        output, here = side_by_side.early_exit_predict(**batch), sure[start : start + 64]
+        expected = np.concatenate([each.exit_layer for each in alone[start : start + 64]])
+        np.testing.assert_array_equal(output.exit_layer[here], expected[here])
     streams = [(fp32, order, 32) for order in (np.arange(2000), np.argsort(lengths), np.argsort(-lengths))]
     for predictor, order, batch_size in [*streams, *[(side_by_side, np.arange(2000), size) for size in (1, 8, 32)]]:
         answers = list(predictor.early_exit_stream((rows[i] for i in order), batch_size))

@@ -7,7 +7,7 @@ import torch
 from tiny import in_threads, pad, random_rows, table_of, tiny_model
 from transformers_badge import ExitPolicy
 from transformers_badge.calibration.replay import replay
-from transformers_badge.model.early_exit_badge import predict_with_policy, run_blocks, token_columns
+from transformers_badge.model.early_exit_badge import length_groups, predict_with_policy, run_blocks, token_columns
 
 
 LENGTHS = [9, 30, 4, 17, 1, 12, 25]
@@ -16,8 +16,8 @@ LENGTHS = [9, 30, 4, 17, 1, 12, 25]
 class ScriptedStages:
     """Stages over plain row numbers: row i is sure from exit `leaves_at[i]` on. Records which rows each block saw."""
 
-    def __init__(self, leaves_at, exit_layers=(1, 2, 3, 4)):
-        self.exit_layers = list(exit_layers)
+    def __init__(self, leaves_at, exit_layers=(1, 2, 3, 4), run_cost=np.inf):
+        self.exit_layers, self.run_cost = list(exit_layers), run_cost
         self.leaves_at = np.array(leaves_at)
         self.seen, self.widths, self.embedded = [], [], []
 
@@ -89,6 +89,64 @@ def test_padding_goes_with_the_rows_that_needed_it():
     )
     assert stages.widths == [(6, True), (4, False)]
     assert token_columns(mask[1:]) == slice(0, 6)
+
+
+LONG_AND_SHORT = np.arange(12) < np.array([[12], [2], [11], [3], [12], [2]])
+ENTROPY = ExitPolicy(criterion="entropy", threshold=0.1)
+
+
+def test_rows_unlike_in_length_run_apart():
+    stages = ScriptedStages([9, 9, 0, 0, 1, 2], run_cost=10)
+    logits, taken = predict_with_policy(stages, np.arange(6), LONG_AND_SHORT, 2, ENTROPY, "single_label_classification")
+    assert taken.tolist() == [3, 3, 0, 0, 1, 2]
+    seen = {layer: sorted(rows for run, rows in stages.seen if run == layer) for layer in (1, 2, 3, 4)}
+    assert seen == {1: [[0, 2, 4], [1, 3, 5]], 2: [[0, 4], [1, 5]], 3: [[0], [1, 5]], 4: [[0], [1]]}
+    together = ScriptedStages([9, 9, 0, 0, 1, 2])
+    whole, _ = predict_with_policy(together, np.arange(6), LONG_AND_SHORT, 2, ENTROPY, "single_label_classification")
+    np.testing.assert_array_equal(logits, whole)
+    assert [rows for layer, rows in together.seen if layer == 1] == [[0, 1, 2, 3, 4, 5]]
+
+
+def test_rows_are_not_parted_before_those_that_need_no_block_have_left():
+    stages = ScriptedStages([0, 0, 9, 9, 9, 0], exit_layers=(0, 2), run_cost=10)
+    _, taken = predict_with_policy(stages, np.arange(6), LONG_AND_SHORT, 2, ENTROPY, "single_label_classification")
+    assert taken.tolist() == [0, 0, 1, 1, 1, 0]
+    assert sorted(stages.embedded) == [[2, 3, 4]]  # of three the one is not worth a run of its own
+    cheap = ScriptedStages([0, 0, 9, 9, 9, 0], exit_layers=(0, 2), run_cost=5)
+    predict_with_policy(cheap, np.arange(6), LONG_AND_SHORT, 2, ENTROPY, "single_label_classification")
+    assert sorted(cheap.embedded) == [[2, 4], [3]]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("run_cost", [0, 5, 40, np.inf])
+def test_a_group_more_saves_more_padding_than_a_run_costs(run_cost, side):
+    generator = np.random.default_rng(0)
+    for rows in (1, 2, 7, 33):
+        lengths = generator.integers(1, 40, rows)
+        mask = np.arange(40) < lengths[:, None]
+        mask = mask if side == "right" else mask[:, ::-1]
+        groups = length_groups(mask, run_cost)
+        assert sorted(np.concatenate(groups).tolist()) == list(range(rows))
+        widths = [lengths[group].max() for group in groups]
+        assert widths == sorted(widths)
+        assert all(group.tolist() == sorted(group.tolist()) for group in groups)
+        if run_cost == np.inf:
+            assert len(groups) == 1
+        elif run_cost == 0:  # no padding at all
+            assert len(groups) == len(np.unique(lengths))
+        else:
+            computed = sum(len(group) * width for group, width in zip(groups, widths, strict=True))
+            saved = rows * lengths.max() - computed
+            assert saved >= run_cost * (len(groups) - 1)
+            for group, width in zip(groups, widths, strict=True):  # nor would another have
+                here = np.sort(lengths[group])
+                assert (np.arange(1, len(here) + 1) * (width - here)).max() <= run_cost
+
+
+def test_an_accelerator_runs_batches_whole():
+    model = tiny_model("bert", exit_layers=[1], encoder={"num_hidden_layers": 1})
+    assert 0 < model.run_cost < np.inf
+    assert model.to("meta").run_cost == np.inf
 
 
 def test_exits_may_be_fewer_than_blocks():

@@ -232,10 +232,15 @@ def _time(
 
 
 class ProfiledStages:
-    """Stages that add up the seconds of each of their parts: by name, and by the block or exit, if it is of one."""
+    """Stages that add up the seconds of each of their parts: by name, and by the block or exit, if it is of one.
 
-    def __init__(self, stages: Any) -> None:
-        self._stages, self.seconds = stages, {}  # type: ignore[var-annotated]
+    Args:
+        stages: of an engine.
+        run_cost: see `Stages`; infinite: batches stay together.
+    """
+
+    def __init__(self, stages: Any, run_cost: float) -> None:
+        self._stages, self.run_cost, self.seconds = stages, run_cost, {}  # type: ignore[var-annotated]
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._stages, name)
@@ -277,12 +282,12 @@ def profile(contenders: Contenders, engine: str, texts: Texts, size: int) -> dic
 
 
 def ideal_milliseconds(contenders: Contenders, engine: str, texts: Texts, size: int, depths: Any) -> float:
-    """Milliseconds per row, were every row to pay for the stages it needs alone, at their cost in full batches.
+    """Milliseconds per row, were every row to pay for the stages it needs alone, at their cost in whole batches.
 
     Args:
         depths: (texts,), how many blocks run for each.
     """
-    seconds, _ = _profile(contenders, engine, texts, size, ExitPolicy())
+    seconds, _ = _profile(contenders, engine, texts, size, ExitPolicy(), whole=True)
     # The depth from which on a row needs a part. What is not here, such as the loop, no row needs.
     needed_from: dict[tuple[Any, ...], int] = {("tokenization",): 0, ("begin",): 0, ("embed",): 1}
     for layer in range(1, contenders.config.exit_layers[-1] + 1):
@@ -294,11 +299,12 @@ def ideal_milliseconds(contenders: Contenders, engine: str, texts: Texts, size: 
 
 
 def _profile(
-    contenders: Contenders, engine: str, texts: Texts, size: int, policy: ExitPolicy
+    contenders: Contenders, engine: str, texts: Texts, size: int, policy: ExitPolicy, whole: bool = False
 ) -> tuple[dict[tuple[Any, ...], float], float]:
-    """Seconds of every part, see `ProfiledStages`, and of all."""
+    """Seconds of every part, see `ProfiledStages`, and of all; `whole`: with batches that stay together."""
     model = contenders.engine(engine)
-    stages = ProfiledStages(model if engine == "eager" else model.stages)
+    profiled = model if engine == "eager" else model.stages
+    stages = ProfiledStages(profiled, float("inf") if whole else profiled.run_cost)
     problem = contenders.config.problem_type or "single_label_classification"
     begin = time.perf_counter()
     for start in range(0, len(texts), size):

@@ -90,7 +90,8 @@ def render_benchmark(record: dict[str, Any]) -> str:
                 },
             ),
             f"Ratios, medians of {record['rounds']} rounds in turns, with the least and the greatest. In the ideal "
-            "time every row pays for the stages that it needs alone, at their cost per row in full batches:",
+            "time every row pays for the stages that it needs alone, at their cost per row in whole batches as they "
+            "arrive:",
             _by_size(
                 sizes,
                 {title: [with_spread(entry["ratios"][name]) for entry in by_size] for name, title in ratios(record)},

@@ -44,6 +44,11 @@ class GraphedStages(TorchStages):
         self._takes[name] = ("input_ids", "attention_mask", "token_type_ids", "lexical_logits")
         self._graphs = graphs(stages, model.device, model.max_tokens, most_positions(model.encoder))
 
+    @property
+    def run_cost(self) -> float:
+        """No padding is worth another graph."""
+        return float("inf")
+
     @torch.no_grad()
     def run(self, stage: str, state: NamedState) -> NamedState:
         """The state with what the stage made in it."""

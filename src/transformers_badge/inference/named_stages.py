@@ -83,6 +83,11 @@ class NamedStages(ABC):
     def __init__(self, exit_layers: Sequence[int], padding_id: int, lexical: LexicalWeights | None = None) -> None:
         self.exit_layers, self._padding_id, self._lexical = list(exit_layers), padding_id, lexical
 
+    @property
+    @abstractmethod
+    def run_cost(self) -> float:
+        """What a run of a stage costs besides its rows, in positions of tokens."""
+
     @abstractmethod
     def run(self, stage: str, state: NamedState) -> NamedState:
         """The state with what the stage made in it."""

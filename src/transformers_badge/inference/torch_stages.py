@@ -24,6 +24,11 @@ class TorchStages(NamedStages):
         super().__init__(model.exit_layers, model.padding_id, LexicalWeights.of(model))
         self._model = model
 
+    @property
+    def run_cost(self) -> float:
+        """The model's own."""
+        return float(self._model.run_cost)
+
     def from_host(self, array: Array) -> Tensor:
         """The array where the model is."""
         return torch.from_numpy(array).to(self._model.device)

@@ -1,4 +1,5 @@
-"""The loop over blocks, and compaction: dropping the rows that have left and the padding columns nobody needs any more.
+"""The loop over blocks, and compaction: dropping the rows that have left and the padding columns nobody needs any more,
+and parting rows that are unlike in length.
 
 The loop is written once, over stages. A stage takes the state of the rows that are still inside and hands on a new
 one; what a state holds is the stages' own business. `forward` runs the loop with nobody leaving, `early_exit_predict`
@@ -25,6 +26,13 @@ class Stages(Protocol[State]):
     """What the loop needs of a model, whichever engine runs it."""
 
     exit_layers: list[int]
+
+    @property
+    def run_cost(self) -> float:
+        """What a run costs however many rows there are: so many positions of padding have to be saved by one more.
+
+        Infinite: batches stay together.
+        """
 
     def begin(self, rows: list[dict[str, list[int]]]) -> tuple[State, Array]:
         """The state of rows of tokens before they are embedded, padded on the right; and the mask (rows, tokens), bool.
@@ -165,7 +173,7 @@ def run_to_exit(
 def predict_with_policy(
     stages: Stages[State], state: State, mask: Array, num_labels: int, policy: "ExitPolicy", problem_type: str
 ) -> tuple[Array, Array]:
-    """Run the rows block by block and let each leave where the policy says.
+    """Run the rows block by block, those that are alike in length together, and let each leave where the policy says.
 
     Args:
         stages: the model.
@@ -181,14 +189,55 @@ def predict_with_policy(
     thresholds = policy.thresholds(num_exits)
     exit_logits = np.full((len(mask), num_exits, num_labels), np.nan)
     exit_taken = np.full(len(mask), num_exits - 1)
-    batch = keep_rows(stages, Batch.fresh(state, mask, np.arange(len(mask)), num_labels), None)
-    while True:
-        batch, leaves = run_to_exit(stages, batch, policy, thresholds, problem_type)
-        if not leaves.any():
-            continue
-        leaving, seen = batch.rows[leaves], batch.exit_logits.shape[1]
-        exit_logits[leaving, :seen] = batch.exit_logits[leaves]
-        exit_taken[leaving] = seen - 1
-        if leaves.all():
-            return exit_logits, exit_taken
-        batch = keep_rows(stages, batch, np.flatnonzero(~leaves))
+    batch = Batch.fresh(state, mask, np.arange(len(mask)), num_labels)
+    batches = [batch] if stops_before_blocks(stages, thresholds) else split_by_length(stages, batch, None)
+    while batches:
+        batch, leaves = run_to_exit(stages, batches.pop(), policy, thresholds, problem_type)
+        if leaves.any():
+            leaving, seen = batch.rows[leaves], batch.exit_logits.shape[1]
+            exit_logits[leaving, :seen] = batch.exit_logits[leaves]
+            exit_taken[leaving] = seen - 1
+        if not leaves.all():
+            batches += split_by_length(stages, batch, np.flatnonzero(~leaves) if leaves.any() else None)
+    return exit_logits, exit_taken
+
+
+def stops_before_blocks(stages: Stages[State], thresholds: Sequence[float | None]) -> bool:
+    """Whether rows can leave at an exit of depth 0, which reads tokens alone."""
+    return stages.exit_layers[0] == 0 and thresholds[0] is not None
+
+
+def split_by_length(stages: Stages[State], batch: Batch[State], rows: Array | None) -> list[Batch[State]]:
+    """Compaction, into several batches where rows are so unlike in length that it saves more than a run costs.
+
+    Args:
+        rows: that stay, indices into the batch's; `None`: all.
+    """
+    groups = length_groups(batch.mask if rows is None else batch.mask[rows], stages.run_cost)
+    if len(groups) == 1:
+        return [keep_rows(stages, batch, rows)]
+    return [keep_rows(stages, batch, group if rows is None else rows[group]) for group in groups]
+
+
+def length_groups(mask: Array, run_cost: float) -> list[Array]:
+    """Rows in groups of similar length, as indices, ascending in each; the groups from short to long.
+
+    Args:
+        mask: (rows, tokens), bool: which columns of which rows hold a token.
+        run_cost: positions of padding that each group more has to save.
+    """
+    if len(mask) == 1 or run_cost == np.inf:
+        return [np.arange(len(mask))]
+    lengths = mask.shape[1] - mask.argmax(axis=1) - mask[:, ::-1].argmax(axis=1)
+    order = np.argsort(lengths, kind="stable")
+    groups, spans = [], [(0, len(mask))]
+    while spans:
+        start, end = spans.pop()
+        here = lengths[order[start:end]]
+        saved = np.arange(1, end - start + 1) * (here[-1] - here)  # were the first 1, 2, ... by themselves
+        first = 1 + int(saved.argmax())
+        if saved[first - 1] > run_cost:
+            spans += [(start + first, end), (start, start + first)]
+        else:
+            groups.append(np.sort(order[start:end]))
+    return groups
