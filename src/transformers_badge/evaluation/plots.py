@@ -169,7 +169,8 @@ def plot_tradeoff(record: dict[str, Any], path: Path) -> None:
 
 
 def plot_engines(record: dict[str, Any], names: dict[str, str], path: Path) -> None:
-    """Milliseconds per row of the full model and of early exit, streamed too, a panel for every batch size.
+    """Milliseconds per row of the full model and of early exit, streamed too and side by side where that was timed, a
+    panel for every batch size.
 
     Args:
         record: as `benchmark_checkpoint` makes.
@@ -183,18 +184,22 @@ def plot_engines(record: dict[str, Any], names: dict[str, str], path: Path) -> N
         spent = entry["milliseconds_per_row"]
         axis.axhline(spent["pipeline"], color="#555555", lw=1, ls="--", label="transformers' pipeline")
         for shift, kind, label, color in (
-            (-0.28, "full", "full model", "#8d99ae"),
-            (0.0, "early exit", "early exit", "#d1495b"),
-            (0.28, "stream", "early exit, streamed", "#edae49"),
+            (-0.33, "full", "full model", "#8d99ae"),
+            (-0.11, "early exit", "early exit", "#d1495b"),
+            (0.11, "stream", "early exit, streamed", "#edae49"),
+            (0.33, "stream side by side", "the same, side by side", "#66a182"),
         ):
-            values = [spent[f"{kind}, {engine}"] for engine in engines]
-            bars = axis.bar(places + shift, values, 0.27, color=color, label=label)
+            timed = [place for place, engine in enumerate(engines) if f"{kind}, {engine}" in spent]
+            if not timed:
+                continue
+            values = [spent[f"{kind}, {engines[place]}"] for place in timed]
+            bars = axis.bar(places[timed] + shift, values, 0.21, color=color, label=label)
             # White behind the numbers, which may lie on the line.
             plate = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}
             axis.bar_label(bars, fmt="%.1f", fontsize=5, padding=1.5, bbox=plate)
         axis.set_xticks(places, [names[engine].replace(" ", "\n") for engine in engines], fontsize=6)
         axis.set_title(f"batch {size}", fontsize=9, loc="left")
     axes[0][0].set_ylabel("milliseconds per row")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False,
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False,
                   fontsize=7.5)  # fmt: skip
     figure.savefig(path)

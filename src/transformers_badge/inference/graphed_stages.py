@@ -32,6 +32,7 @@ class GraphedStages(TorchStages):
 
     def __init__(self, model: Any, graphs: Callable[..., CudaGraphs] = CudaGraphs) -> None:
         super().__init__(model)
+        self.run_cost = float("inf")  # no padding is worth another graph
         first, *others = [index for index, layer in enumerate(model.exit_layers) if layer > 0]
         # A graph makes what blocks need besides faster than it takes it.
         stages: dict[str, nn.Module] = {
@@ -43,11 +44,6 @@ class GraphedStages(TorchStages):
         stages[name] = FirstBlocksAndExit(model, first, with_arguments=False)
         self._takes[name] = ("input_ids", "attention_mask", "token_type_ids", "lexical_logits")
         self._graphs = graphs(stages, model.device, model.max_tokens, most_positions(model.encoder))
-
-    @property
-    def run_cost(self) -> float:
-        """No padding is worth another graph."""
-        return float("inf")
 
     @torch.no_grad()
     def run(self, stage: str, state: NamedState) -> NamedState:

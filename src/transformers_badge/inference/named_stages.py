@@ -78,15 +78,14 @@ class NamedStages(ABC):
         exit_layers: depths that have an exit.
         padding_id: the token id for padding.
         lexical: exit 0, if there is one.
+        run_cost: what a run costs however many rows there are, see `early_exit_badge.Stages`.
     """
 
-    def __init__(self, exit_layers: Sequence[int], padding_id: int, lexical: LexicalWeights | None = None) -> None:
-        self.exit_layers, self._padding_id, self._lexical = list(exit_layers), padding_id, lexical
-
-    @property
-    @abstractmethod
-    def run_cost(self) -> float:
-        """What a run of a stage costs besides its rows, in positions of tokens."""
+    def __init__(
+        self, exit_layers: Sequence[int], padding_id: int, lexical: LexicalWeights | None, run_cost: float
+    ) -> None:
+        self.exit_layers, self.run_cost = list(exit_layers), run_cost
+        self._padding_id, self._lexical = padding_id, lexical
 
     @abstractmethod
     def run(self, stage: str, state: NamedState) -> NamedState:

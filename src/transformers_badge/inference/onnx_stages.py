@@ -29,9 +29,8 @@ LEXICAL = "lexical.safetensors"  # the weights of exit 0
 STAGE = "stage"  # the input that says which of the stages runs
 SEPARATOR = "/"  # between a stage and its output
 RENEWED = "next_"  # before the name of an output that takes the place of an input
+POSITIONS_PER_RUN = 32  # as in `stages_badge`; here a run costs less
 # Fusions whose operators take longer on a CPU than those that they stand for: fp32 blocks by 6 to 10 %.
-# As in `stages_badge`: here a run costs less.
-POSITIONS_PER_RUN = 32
 _SLOWER = ["SkipLayerNormFusion", "BiasGeluFusion"]
 
 
@@ -78,9 +77,9 @@ class OnnxStages(NamedStages):
         except Exception as error:  # its errors have no common class but this
             raise ValueError(f"ONNX Runtime cannot read {folder / GRAPH}: {error}. Export the model again.") from error
         lexical = None if hashing is None else LexicalWeights(dict(hashing), *_lexical_weights(folder / LEXICAL))
-        super().__init__(exit_layers, padding_id, lexical)
         on_processor = provider == "CPUExecutionProvider"
-        self._run_cost = POSITIONS_PER_RUN * (threads or os.cpu_count() or 1) if on_processor else float("inf")
+        run_cost = POSITIONS_PER_RUN * (threads or os.cpu_count() or 1) if on_processor else float("inf")
+        super().__init__(exit_layers, padding_id, lexical, run_cost)
         self._places = {name: np.array(place) for place, name in enumerate(stage_names(exit_layers))}
         self._outputs: dict[str, list[str]] = {name: [] for name in self._places}
         for value in self._session.get_outputs():
@@ -93,11 +92,6 @@ class OnnxStages(NamedStages):
             )
             for value in self._session.get_inputs()
         }
-
-    @property
-    def run_cost(self) -> float:
-        """What a run costs however many rows there are, in positions of tokens."""
-        return self._run_cost
 
     def from_host(self, array: Array) -> Array:
         """It is one."""

@@ -21,13 +21,8 @@ class TorchStages(NamedStages):
     """
 
     def __init__(self, model: Any) -> None:
-        super().__init__(model.exit_layers, model.padding_id, LexicalWeights.of(model))
+        super().__init__(model.exit_layers, model.padding_id, LexicalWeights.of(model), model.run_cost)
         self._model = model
-
-    @property
-    def run_cost(self) -> float:
-        """The model's own."""
-        return float(self._model.run_cost)
 
     def from_host(self, array: Array) -> Tensor:
         """The array where the model is."""

@@ -190,7 +190,10 @@ def predict_with_policy(
     exit_logits = np.full((len(mask), num_exits, num_labels), np.nan)
     exit_taken = np.full(len(mask), num_exits - 1)
     batch = Batch.fresh(state, mask, np.arange(len(mask)), num_labels)
-    batches = [batch] if stops_before_blocks(stages, thresholds) else split_by_length(stages, batch, None)
+    if stops_before_blocks(stages, thresholds):
+        batches = [keep_rows(stages, batch, None)]
+    else:
+        batches = split_by_length(stages, batch, None)
     while batches:
         batch, leaves = run_to_exit(stages, batches.pop(), policy, thresholds, problem_type)
         if leaves.any():
@@ -203,7 +206,7 @@ def predict_with_policy(
 
 
 def stops_before_blocks(stages: Stages[State], thresholds: Sequence[float | None]) -> bool:
-    """Whether rows can leave at an exit of depth 0, which reads tokens alone."""
+    """Whether rows can leave at an exit of depth 0: their first run ends before the blocks."""
     return stages.exit_layers[0] == 0 and thresholds[0] is not None
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .early_exit_badge import Array, Batch, Stages, State, keep_rows, run_to_exit
+from .early_exit_badge import Array, Batch, Stages, State, keep_rows, run_to_exit, stops_before_blocks
 from .rows_badge import take
 
 
@@ -86,8 +86,7 @@ def stream_with_policy(
         workers: how many batches run side by side, each in a thread of its own; 1: in the consumer's.
     """
     thresholds = policy.thresholds(len(stages.exit_layers))
-    lexical_only = stages.exit_layers[0] == 0 and thresholds[0] is not None  # the first run stops before the blocks
-    first_size = max(batch_size, LEXICAL_BATCH) if lexical_only else batch_size
+    first_size = max(batch_size, LEXICAL_BATCH) if stops_before_blocks(stages, thresholds) else batch_size
     pools: list[list[Batch[State]]] = [[] for _ in stages.exit_layers]  # behind each exit the rows that stay
     source, ended, error = iter(rows), False, None
     fresh: deque[tuple[int, dict[str, list[int]]]] = deque()
@@ -189,7 +188,7 @@ def _take_batches(stages: Stages[State], pool: list[Batch[State]], place: int, b
     """Take up to `batch_size` rows out of a pool: those at `place`, and those nearest to them in length."""
     first = pool.pop(place)
     width, room, taken = first.mask.shape[1], batch_size - len(first), [first]
-    for waiting in sorted(pool, key=lambda batch: abs(batch.mask.shape[1] - width)):
+    for waiting in sorted(pool, key=lambda batch: abs(batch.mask.shape[1] - width)) if room else ():
         if not room:
             break
         if len(waiting) <= room:
