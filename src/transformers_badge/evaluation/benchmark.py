@@ -19,7 +19,6 @@ from transformers_badge.evaluation.contenders import (
     COMPILED,
     ENGINES,
     ON_PROCESSORS,
-    SIDE_BY_SIDE,
     Contenders,
     Run,
     Texts,
@@ -34,7 +33,8 @@ from transformers_badge.model.policy_badge import ExitPolicy
 
 PIPELINE = "pipeline"
 _KINDS = ("full", "early exit", "truncated", "deeper", "nobody leaves", "stream")
-_PARALLEL_KINDS = (f"full{SIDE_BY_SIDE}", f"stream{SIDE_BY_SIDE}")
+_PARALLEL_KINDS = ("full side by side", "stream side by side")
+_WITHOUT_LATENCY = ("stream", *_PARALLEL_KINDS)  # a batch of which takes no time of its own
 MEMORY_KINDS = ("full", "early exit", "stream", *_PARALLEL_KINDS)
 MEMORY_BATCH = 32
 BATCHES = 8  # that are timed at least
@@ -220,7 +220,7 @@ def _time(
             ratios[f"arrives, {name}"] = timings.speedup(name, f"ideal, {engine}")
     latency = {}
     for name, by_run in batches.items():
-        if not name.startswith("stream") and SIDE_BY_SIDE not in name:
+        if name.rsplit(", ", 1)[0] not in _WITHOUT_LATENCY:
             p50, p99 = 1000 * np.quantile(np.concatenate(by_run[-rounds:]), [0.5, 0.99])  # without the warm-up
             latency[name] = {"p50": float(p50), "p99": float(p99)}
     return {

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers_badge.evaluation.benchmark import MEMORY_KINDS, PIPELINE
-from transformers_badge.evaluation.contenders import SIDE_BY_SIDE
 from transformers_badge.evaluation.plots import plot_engines
 from transformers_badge.evaluation.timing import with_spread
 
@@ -25,8 +24,8 @@ _KINDS = {
     "deeper": "stopping at the next exit",
     "early exit": "**early exit**",
     "stream": "**early exit, streamed**",
-    f"stream{SIDE_BY_SIDE}": "**early exit, streamed side by side**",
-    f"full{SIDE_BY_SIDE}": "full model, batches side by side",
+    "stream side by side": "**early exit, streamed side by side**",
+    "full side by side": "full model, batches side by side",
     "nobody leaves": "every exit, nobody leaves",
 }
 
@@ -56,8 +55,9 @@ def render_benchmark(record: dict[str, Any]) -> str:
     names = engine_names(record)
     sizes, engines = list(record["batch_sizes"]), list(record["engines"])
     by_size = record["batch_sizes"].values()
-    there = next(iter(by_size))["milliseconds_per_row"]
-    contenders = [name for kind in _KINDS for engine in engines if (name := f"{kind}, {engine}") in there]
+    there = next(iter(by_size))  # the same at every batch size
+    named = [f"{kind}, {engine}" for kind in _KINDS for engine in engines]
+    contenders = [PIPELINE, *[name for name in named if name in there["milliseconds_per_row"]]]
     return "\n\n".join(
         [
             _table(
@@ -86,7 +86,7 @@ def render_benchmark(record: dict[str, Any]) -> str:
                 sizes,
                 {
                     title_of(name, names): [f"{entry['milliseconds_per_row'][name]:.2f}" for entry in by_size]
-                    for name in [PIPELINE, *contenders]
+                    for name in contenders
                 },
             ),
             f"Ratios, medians of {record['rounds']} rounds in turns, with the least and the greatest. In the ideal "
@@ -103,8 +103,8 @@ def render_benchmark(record: dict[str, Any]) -> str:
                     title_of(name, names): [
                         "{p50:.1f} / {p99:.1f}".format(**entry["latency"][name]) for entry in by_size
                     ]
-                    for name in [PIPELINE, *contenders]
-                    if name in next(iter(by_size))["latency"]
+                    for name in contenders
+                    if name in there["latency"]
                 },
             ),
             "Where a row's time goes with early exit, milliseconds per row:",
@@ -145,7 +145,7 @@ def ratios(record: dict[str, Any]) -> list[tuple[str, str]]:
     found = []
     for engine in record["engines"]:
         name, ours = engine_names(record)[engine], f"early exit, {engine}"
-        parallel = f"stream{SIDE_BY_SIDE}, {engine}"
+        parallel = f"stream side by side, {engine}"
         found += [
             (f"{ours} over {PIPELINE}", f"early exit {name} over transformers' pipeline"),
             (f"{ours} over full, {engine}", f"early exit {name} over the full model there"),
@@ -156,7 +156,7 @@ def ratios(record: dict[str, Any]) -> list[tuple[str, str]]:
             (f"stream, {engine} over {ours}", f"streamed over batch by batch, {name}"),
             (f"{parallel} over {PIPELINE}", f"side by side {name} over transformers' pipeline"),
             (f"{parallel} over full, {engine}", f"side by side {name} over the full model there"),
-            (f"{parallel} over full{SIDE_BY_SIDE}, {engine}", f"side by side {name} over the full model side by side"),
+            (f"{parallel} over full side by side, {engine}", f"side by side {name} over the full model side by side"),
             (f"{parallel} over stream, {engine}", f"side by side over streamed by itself, {name}"),
             (f"cost of exits, {engine}", f"time of nobody leaving over the full model, {name}"),
             (f"arrives, {ours}", f"ideal time over time, {name}"),

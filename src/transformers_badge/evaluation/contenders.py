@@ -27,7 +27,6 @@ from transformers_badge.model.policy_badge import ExitPolicy
 Texts = Sequence[str] | Sequence[tuple[str, ...]]
 Run = Callable[[Texts, int], list[float]]  # texts and batch size to the seconds of every batch
 
-SIDE_BY_SIDE = " side by side"  # behind the kind of a contender that runs a batch per thread
 COMPILED = {"compiled": "fp32", "bf16": "bf16"}  # by torch.compile, and the precision
 # fp32 and int8 in ONNX Runtime; bf16 is compiled, for processors that have it.
 ON_PROCESSORS = ("fp32", "int8")
@@ -134,11 +133,13 @@ class Contenders:
     def run(self, kind: str, engine: str) -> Run:
         """A contender."""
         if kind == "full":
-            return self._batches(*self._full(engine))
-        if kind == f"full{SIDE_BY_SIDE}":
-            return self._full_side_by_side(engine)
-        if kind.startswith("stream"):
-            return self._stream(engine, self.threads if kind.endswith(SIDE_BY_SIDE) else 1)
+            return self._batches(*self._full(engine, self.threads))
+        if kind == "full side by side":
+            return self._side_by_side(*self._full(engine, 1))
+        if kind == "stream":
+            return self._stream(engine, 1)
+        if kind == "stream side by side":
+            return self._stream(engine, self.threads)
         model, tensors = self.engine(engine), "pt" if engine == "eager" else "np"
         policy = {
             "early exit": lambda: self.policies[engine],
@@ -166,9 +167,10 @@ class Contenders:
 
         return run
 
-    def _full(self, engine: str) -> tuple[Callable[[Any], Any], str]:
-        if engine in ("fp32", "int8"):
-            session = self._session(engine, self.threads)
+    def _full(self, engine: str, threads: int) -> tuple[Callable[[Any], Any], str]:
+        """What runs a batch, and the kind of tensors that it takes; `threads` are of ONNX Runtime."""
+        if engine in ON_PROCESSORS:
+            session = self._session(engine, threads)
             return lambda batch: session.run(None, {key: v.astype(np.int64) for key, v in batch.items()}), "np"
         plain = copy.deepcopy(self.plain).bfloat16() if engine == "bf16" else self.plain
         if engine in COMPILED and self.device.type == "cuda":
@@ -193,21 +195,6 @@ class Contenders:
                 return graphs.run("full", dict(batch))["logits"]
 
         return predict
-
-    def _full_side_by_side(self, engine: str) -> Run:
-        """The full model in ONNX Runtime, a batch per thread."""
-        session = self._session(engine, 1)
-
-        def predict(rows: Texts) -> None:
-            session.run(None, {key: value.astype(np.int64) for key, value in self.encode(rows, "np").items()})
-
-        def run(texts: Texts, size: int) -> list[float]:
-            begin = time.perf_counter()
-            with ThreadPoolExecutor(self.threads) as pool:
-                list(pool.map(predict, [texts[start : start + size] for start in range(0, len(texts), size)]))
-            return [time.perf_counter() - begin]
-
-        return run
 
     def _session(self, precision: str, threads: int) -> Any:
         """The full model in ONNX Runtime; int8 by its own dynamic quantization."""
@@ -256,6 +243,20 @@ class Contenders:
                 predict(self.encode(texts[start : start + size], tensors))
                 seconds.append(time.perf_counter() - begin)
             return seconds
+
+        return run
+
+    def _side_by_side(self, predict: Callable[[Any], Any], tensors: str) -> Run:
+        """A batch per thread, and the seconds of all."""
+
+        def work(rows: Texts) -> None:
+            predict(self.encode(rows, tensors))
+
+        def run(texts: Texts, size: int) -> list[float]:
+            begin = time.perf_counter()
+            with ThreadPoolExecutor(self.threads) as pool:
+                list(pool.map(work, [texts[start : start + size] for start in range(0, len(texts), size)]))
+            return [time.perf_counter() - begin]
 
         return run
 
