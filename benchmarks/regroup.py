@@ -45,9 +45,14 @@ class Scripted(BadgeForSequenceClassification):
     The depth travels with a row in the place of the lexical exit's logits, which no exit reads here.
     """
 
-    run_cost = float("inf")  # batches stay together
+    parts_by_length = False  # as a model does by itself; or batches stay together
     cells = 0  # rows x columns that blocks have run on, padding included
     block_runs = 0
+
+    @property
+    def run_cost(self) -> float:
+        """What decides whether batches are parted."""
+        return super().run_cost if self.parts_by_length else float("inf")
 
     def begin_padded(self, input_ids: Any, *arguments: Any, **fields: Any) -> BlockState:
         """The rows, with their depths."""
@@ -82,14 +87,9 @@ def by_length(rows: list[Row]) -> list[int]:
     return sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]))
 
 
-class SplitByLength(Scripted):
-    """The same, with batches parted as they are by themselves."""
-
-    run_cost = BadgeForSequenceClassification.run_cost
-
-
-def shrinking(model: Scripted, rows: list[Row], order: list[int], batch_size: int) -> np.ndarray:
-    """Exit layers of the rows, batch by batch in this order."""
+def shrinking(model: Scripted, rows: list[Row], order: list[int], batch_size: int, parted: bool = False) -> np.ndarray:
+    """Exit layers of the rows, batch by batch in this order; `parted`: by length, where that pays."""
+    model.parts_by_length = parted
     layers = np.zeros(len(rows), dtype=int)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
@@ -124,8 +124,6 @@ def main() -> None:
 
     torch.manual_seed(0)
     model = Scripted(BadgeConfig(exit_policy=POLICY)).eval().to(arguments.device)
-    splitting = SplitByLength(model.config).eval().to(arguments.device)
-    splitting.load_state_dict(model.state_dict())
     blocks, size = model.config.num_hidden_layers, arguments.batch_size
     rows, depths = make_rows(arguments.rows, blocks, model.config.encoder_config.vocab_size)
     arrival = list(range(len(rows)))
@@ -134,18 +132,17 @@ def main() -> None:
         "regrouped, sorted": lambda: regrouped(model, rows, by_length(rows), size, in_order=False),
         "shrinking": lambda: shrinking(model, rows, arrival, size),
         "shrinking, sorted": lambda: shrinking(model, rows, by_length(rows), size),
-        "split": lambda: shrinking(splitting, rows, arrival, size),
+        "split": lambda: shrinking(model, rows, arrival, size, parted=True),
     }
     calls = {name: call for name, call in every.items() if name in (arguments.contender or names)}
     work: dict[str, dict[str, float]] = {}
 
     def contender(name: str) -> Callable[[], None]:
         def call() -> None:
-            ran = splitting if name == "split" else model
-            ran.cells = ran.block_runs = 0
+            model.cells = model.block_runs = 0
             layers = calls[name]()
             assert np.array_equal(layers, depths), f"{name}: a row left at another exit than it was told to"
-            work[name] = {"cells": ran.cells, "block_runs": ran.block_runs}
+            work[name] = {"cells": model.cells, "block_runs": model.block_runs}
 
         return call
 
