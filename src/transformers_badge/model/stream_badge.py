@@ -124,6 +124,7 @@ def stream_with_policy(
             read_ahead()
 
     def begin(numbered: list[tuple[int, dict[str, list[int]]]]) -> Batch[State]:
+        """A batch of rows that have not begun."""
         numbers, tokens = zip(*numbered, strict=True)
         return Batch.fresh(*stages.begin(list(tokens)), np.array(numbers), num_labels)
 
@@ -188,7 +189,9 @@ def _take_batches(stages: Stages[State], pool: list[Batch[State]], place: int, b
     """Take up to `batch_size` rows out of a pool: those at `place`, and those nearest to them in length."""
     first = pool.pop(place)
     width, room, taken = first.mask.shape[1], batch_size - len(first), [first]
-    for waiting in sorted(pool, key=lambda batch: abs(batch.mask.shape[1] - width)) if room else ():
+    if not room:  # as ever at batch size 1
+        return taken
+    for waiting in sorted(pool, key=lambda batch: abs(batch.mask.shape[1] - width)):
         if not room:
             break
         if len(waiting) <= room:
