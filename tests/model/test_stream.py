@@ -556,16 +556,11 @@ def test_workers_are_gone_after_the_consumer_stops(how):
 
 @pytest.mark.parametrize("in_order", [True, False])
 def test_rows_before_an_error_are_answered_by_workers_too(in_order, short_sight):
-    stages, leaves_at = Scripted(4), iter([0, 3, 1, 2] * 25)
-
-    def rows():
-        for number, exit_index in enumerate(leaves_at):
-            yield {"input_ids": [number, exit_index]}
+    def leaves_at():
+        yield from [0, 3, 1, 2] * 25
         raise LookupError("no more rows")
 
-    policy = ExitPolicy(threshold=0.1)
-    answers = stream_with_policy(stages, rows(), 4, 2, policy, "single_label_classification", in_order, workers=3)
-    answered, error = until_error(answers)
+    answered, error = until_error(scripted_stream(Scripted(4), leaves_at(), 4, in_order, workers=3))
     assert isinstance(error, LookupError)
     assert sorted(answered) == list(range(100))
 
