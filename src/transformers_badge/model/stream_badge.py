@@ -4,11 +4,12 @@
 
 The deepest pool that holds a full batch runs first; new rows begin when none does, and at the end of the input the
 shallowest pool runs first, whose rows fill the next one. An exit of depth 0 reads tokens alone, and its batches are not
-smaller than LEXICAL_BATCH. With several workers that many batches run side by side. Memory is bounded: at most
-batch_size x exits rows are inside the model (with several workers batch_size x workers more; before the first block
-LEXICAL_BATCH more for each), READ_AHEAD x batch_size rows are read ahead, and results that wait for an earlier row are
-at most (WINDOW + exits + workers) x batch_size, since a row that holds up more than WINDOW batches is run in whatever
-company it has.
+smaller than LEXICAL_BATCH. With several workers that many batches run side by side, and as many are in line for them.
+
+Memory is bounded. At most batch_size x exits rows are inside the model, and READ_AHEAD x batch_size are read ahead.
+Results that wait for an earlier row are at most (WINDOW + exits) x batch_size, since a row that holds up more than
+WINDOW batches is run in whatever company it has. With several workers batch_size rows more are inside for each batch
+that runs or is in line (before the first block LEXICAL_BATCH), and as many results wait at each exit.
 
 It is written over `Stages` and in numpy, so that every engine can be streamed.
 """
@@ -93,6 +94,8 @@ def stream_with_policy(
     read = delivered = last_length = 0
     finished: dict[int, StreamedRow] = {}
     at_work: set[Future[_Ran[State]]] = set()
+    # A batch in line for every worker, so that none waits while this thread reads, tokenizes and hands out answers.
+    most_at_work = 2 * workers if workers > 1 else 1
 
     def length(row: tuple[int, dict[str, list[int]]]) -> int:
         return len(row[1]["input_ids"])
@@ -146,7 +149,7 @@ def stream_with_policy(
 
     with ThreadPoolExecutor(workers) if workers > 1 else _InThisThread() as executor:
         while True:
-            while len(at_work) < workers:
+            while len(at_work) < most_at_work:
                 make = next_batch()
                 if make is None:
                     break
