@@ -81,9 +81,10 @@ class OnnxStages(NamedStages):
         run_cost = POSITIONS_PER_RUN * (threads or os.cpu_count() or 1) if on_processor else float("inf")
         super().__init__(exit_layers, padding_id, lexical, run_cost)
         self._places = {name: np.array(place) for place, name in enumerate(stage_names(exit_layers))}
-        self._outputs: dict[str, list[str]] = {name: [] for name in self._places}
+        self._outputs: dict[str, dict[str, str]] = {name: {} for name in self._places}  # of a stage, by what they renew
         for value in self._session.get_outputs():
-            self._outputs[value.name.split(SEPARATOR)[0]].append(value.name)
+            stage, name = value.name.split(SEPARATOR)
+            self._outputs[stage][name.removeprefix(RENEWED)] = value.name
         # What a stage does not read has to be given all the same.
         types = {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_}
         self._unread: NamedState = {
@@ -113,9 +114,9 @@ class OnnxStages(NamedStages):
         """The state with what the stage made in it."""
         feeds = {name: state.get(name, unread) for name, unread in self._unread.items()}
         feeds[STAGE] = self._places[stage]
-        names = self._outputs[stage]
-        renewed = {name.split(SEPARATOR)[1].removeprefix(RENEWED): name for name in names}
-        return {**state, **dict(zip(renewed, self._session.run(names, feeds), strict=True))}
+        outputs = self._outputs[stage]
+        made = self._session.run([*outputs.values()], feeds)
+        return {**state, **dict(zip(outputs, made, strict=True))}
 
 
 def _lexical_weights(path: Path) -> tuple[Array, Array]:
