@@ -555,6 +555,30 @@ def test_workers_are_gone_after_the_consumer_stops(how):
     assert not Rows.alive
 
 
+@pytest.mark.parametrize("closes", [True, False])
+def test_a_batch_in_line_does_not_begin_when_the_consumer_stops(closes):
+    stages, gates, run_block = Scripted(2), [threading.Event() for _ in range(2)], Scripted.run_block
+
+    def run(layer, state):
+        number = state.numbers[0]
+        if number > 0:
+            gates[min(number, 2) - 1].wait(20)
+        return run_block(stages, layer, state)
+
+    stages.run_block = run
+    answers = scripted_stream(stages, [0] * 9, 1, workers=2)
+    assert next(answers).index == 0
+    gates[0].set()
+    assert next(answers).index == 1  # 2 and 3 are running, 4 is in line
+    threading.Timer(0.2, gates[1].set).start()
+    if closes:
+        answers.close()
+        assert len(stages.began) <= 4
+    else:  # the control
+        assert len(list(answers)) == 7
+        assert len(stages.began) == 9
+
+
 @pytest.mark.parametrize("in_order", [True, False])
 def test_rows_before_an_error_are_answered_by_workers_too(in_order, short_sight):
     def leaves_at():

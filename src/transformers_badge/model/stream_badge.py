@@ -147,7 +147,8 @@ def stream_with_policy(
         ]
         return answers, exit_index, kept
 
-    with ThreadPoolExecutor(workers) if workers > 1 else _InThisThread() as executor:
+    executor = ThreadPoolExecutor(workers) if workers > 1 else _InThisThread()
+    try:
         while True:
             while len(at_work) < most_at_work:
                 make = next_batch()
@@ -164,6 +165,8 @@ def stream_with_policy(
             while finished and (delivered in finished or not in_order):
                 yield finished.pop(delivered if in_order else next(iter(finished)))
                 delivered += 1
+    finally:
+        executor.shutdown(cancel_futures=True)  # a batch in line does not begin when the consumer stops
     if error is not None:
         raise error
 
