@@ -570,7 +570,7 @@ def test_a_batch_in_line_does_not_begin_when_the_consumer_stops(closes):
     assert next(answers).index == 0
     gates[0].set()
     assert next(answers).index == 1  # 2 and 3 are running, 4 is in line
-    threading.Timer(0.2, gates[1].set).start()
+    threading.Timer(1.0 if closes else 0.0, gates[1].set).start()
     if closes:
         answers.close()
         assert len(stages.began) <= 4
