@@ -398,10 +398,18 @@ class Rows:
     """A state of scripted stages: the numbers of the rows."""
 
     alive: ClassVar = weakref.WeakSet()
+    lock: ClassVar = threading.Lock()  # around additions and counts: workers make states side by side
 
     def __init__(self, numbers):
         self.numbers = np.array(numbers)
-        self.alive.add(self)
+        with self.lock:
+            self.alive.add(self)
+
+    @classmethod
+    def count(cls):
+        """How many rows are alive."""
+        with cls.lock:
+            return len(set().union(*[rows.numbers.tolist() for rows in cls.alive]))
 
 
 class Scripted:
@@ -426,7 +434,7 @@ class Scripted:
     def run_block(self, layer, state):
         with self.lock:
             self.ran.append((layer, len(state.numbers)))
-            self.most_alive = max(self.most_alive, len(set().union(*[rows.numbers.tolist() for rows in Rows.alive])))
+            self.most_alive = max(self.most_alive, Rows.count())
         return Rows(state.numbers)
 
     def read_exit(self, exit_index, state):
