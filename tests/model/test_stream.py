@@ -565,20 +565,20 @@ def test_workers_are_gone_after_the_consumer_stops(how):
 
 @pytest.mark.parametrize("closes", [True, False])
 def test_a_batch_in_line_does_not_begin_when_the_consumer_stops(closes):
-    stages, gates, run_block = Scripted(2), [threading.Event() for _ in range(2)], Scripted.run_block
+    stages, second, others = Scripted(2), threading.Event(), threading.Event()
+    run_block = stages.run_block
 
-    def run(layer, state):
-        number = state.numbers[0]
-        if number > 0:
-            gates[min(number, 2) - 1].wait(20)
-        return run_block(stages, layer, state)
+    def wait_and_run(layer, state):
+        if state.numbers[0] > 0:
+            (second if state.numbers[0] == 1 else others).wait(20)
+        return run_block(layer, state)
 
-    stages.run_block = run
+    stages.run_block = wait_and_run
     answers = scripted_stream(stages, [0] * 9, 1, workers=2)
     assert next(answers).index == 0
-    gates[0].set()
+    second.set()
     assert next(answers).index == 1  # 2 and 3 are running, 4 is in line
-    threading.Timer(1.0 if closes else 0.0, gates[1].set).start()
+    threading.Timer(1.0 if closes else 0.0, others.set).start()
     if closes:
         answers.close()
         assert len(stages.began) <= 4

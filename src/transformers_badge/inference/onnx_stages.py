@@ -81,7 +81,8 @@ class OnnxStages(NamedStages):
         run_cost = POSITIONS_PER_RUN * (threads or os.cpu_count() or 1) if on_processor else float("inf")
         super().__init__(exit_layers, padding_id, lexical, run_cost)
         self._places = {name: np.array(place) for place, name in enumerate(stage_names(exit_layers))}
-        self._outputs: dict[str, dict[str, str]] = {name: {} for name in self._places}  # of a stage, by what they renew
+        # The outputs of each stage, by their names in the state.
+        self._outputs: dict[str, dict[str, str]] = {name: {} for name in self._places}
         for value in self._session.get_outputs():
             stage, name = value.name.split(SEPARATOR)
             self._outputs[stage][name.removeprefix(RENEWED)] = value.name
