@@ -16,10 +16,11 @@ It is written over `Stages` and in numpy, so that every engine can be streamed.
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -93,7 +94,7 @@ def stream_with_policy(
     fresh: deque[tuple[int, dict[str, list[int]]]] = deque()
     read = delivered = last_length = 0
     finished: dict[int, StreamedRow] = {}
-    at_work: set[Future[_Ran[State]]] = set()
+    at_work, done = 0, SimpleQueue[Future[_Ran[State]]]()  # batches in hand, and those that have run
     # A batch in line for every worker, so that none waits while this thread reads, tokenizes and hands out answers.
     most_at_work = 2 * workers if workers > 1 else 1
 
@@ -150,23 +151,25 @@ def stream_with_policy(
     executor = ThreadPoolExecutor(workers) if workers > 1 else _InThisThread()
     try:
         while True:
-            while len(at_work) < most_at_work:
+            while at_work < most_at_work:
                 make = next_batch()
                 if make is None:
                     break
-                at_work.add(executor.submit(run, make))
+                executor.submit(run, make).add_done_callback(done.put)
+                at_work += 1
             if not at_work:
                 break
-            done, at_work = wait(at_work, return_when=FIRST_COMPLETED)
-            while done:  # popped, so that an error does not hold on to the frame that holds on to it
-                answers, exit_index, kept = done.pop().result()
-                pools[exit_index].extend(kept)
-                finished.update({answer.index: answer for answer in answers})
+            answers, exit_index, kept = done.get().result()
+            at_work -= 1
+            pools[exit_index].extend(kept)
+            finished.update({answer.index: answer for answer in answers})
             while finished and (delivered in finished or not in_order):
                 yield finished.pop(delivered if in_order else next(iter(finished)))
                 delivered += 1
     finally:
         executor.shutdown(cancel_futures=True)  # a batch in line does not begin when the consumer stops
+        while not done.empty():  # these would hold on to the queue, and it to them
+            done.get()
     if error is not None:
         raise error
 
