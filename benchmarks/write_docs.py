@@ -14,8 +14,8 @@ Example: python benchmarks/write_docs.py (`make docs`). To renew the records fir
     python benchmarks/lexical.py --time demo-output/checkpoint -> lexical_time.json
     python benchmarks/fit_lexical.py                          -> lexical_fit.json
     python benchmarks/engines.py demo-output/checkpoint       -> engines/benchmark.json as engines.json
-        (of demo --full, with --calibration-rows 2000; with --engine bf16 besides as engines_bf16.json;
-        with --threads 1 --batch-size 1 --engine eager --engine fp32 --engine int8 as engines_one_thread.json)
+        (of demo --full, with --calibration-rows 2000; with every --engine, bf16 too, on a processor with AMX
+        as engines_amx.json; with --threads 1 --batch-size 1 --engine eager --engine fp32 --engine int8 as engines_one_thread.json)
     python benchmarks/base_shape.py demo-output/checkpoint, and engines.py bench-output/base-shape
         --calibration-rows 2000 --max-lost 0.5 --device cuda --batch-size 1 --batch-size 32 --batch-size 256
         --rounds 3                                            -> engines/benchmark.json as engines_gpu.json
@@ -422,7 +422,7 @@ def main() -> None:
         ROOT,
         load("engines"),
         load("regroup"),
-        load("engines_bf16"),
+        load("engines_amx"),
         load("engines_one_thread"),
         load("engines_gpu"),
         load("regroup_gpu"),
