@@ -178,7 +178,8 @@ def plot_engines(record: dict[str, Any], names: dict[str, str], path: Path) -> N
         path: where the PNG goes.
     """
     engines, by_size = list(record["engines"]), record["batch_sizes"]
-    figure, axes = _figure(2.6 * max(len(by_size), 2), 3.4, 1, len(by_size), squeeze=False)
+    width = max(2.6, 0.75 * len(engines))  # of a panel: what the engines' names need
+    figure, axes = _figure(width * max(len(by_size), 2), 3.4, 1, len(by_size), squeeze=False)
     places = np.arange(len(engines))
     for axis, (size, entry) in zip(axes[0], by_size.items(), strict=True):
         spent = entry["milliseconds_per_row"]
