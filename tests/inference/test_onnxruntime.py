@@ -241,7 +241,7 @@ def test_rowwise_int8_does_not_mix_rows_as_onnxruntimes_own_does(traced, tmp_pat
             "attention_mask": np.ones((rows, 6), np.int64),
             "lexical_logits": np.zeros((rows, 3), np.float32),
             "bypass_state": np.zeros((rows, 32), np.float32),
-            "argument_0": np.zeros((rows, 1, 6, 6), np.float32),
+            "position_ids": np.tile(np.arange(6), (rows, 1)),
         }
         feeds = {value.name: given[value.name] for value in session.get_inputs()}
         return dict(zip([v.name for v in session.get_outputs()], session.run(None, feeds), strict=True))["logits"]

@@ -6,25 +6,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from transformers.utils.import_utils import is_torch_greater_or_equal
 
 from transformers_badge.inference.exit_logits import digest_model
 from transformers_badge.inference.graphed_stages import GraphedStages
-from transformers_badge.inference.named_stages import ARGUMENTS, NamedState, exit_stage
+from transformers_badge.inference.named_stages import NamedState
 from transformers_badge.inference.predictor import PredictorConfig
-from transformers_badge.inference.stage_modules import (
-    Arguments,
-    BlocksAndExit,
-    FirstBlocksAndExit,
-    block_arguments,
-    name_arguments,
-    unused_sizes,
-)
+from transformers_badge.inference.stage_modules import make_stages, unused_sizes
 from transformers_badge.inference.torch_stages import TorchStages, check_device
 from transformers_badge.model.loss_badge import infer_problem_type
 from transformers_badge.model.modeling_badge import BadgeForSequenceClassification
-from transformers_badge.model.outputs_badge import BlockState
 
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -42,24 +33,8 @@ class CompiledStages(TorchStages):
 
     def __init__(self, model: Any, backend: str = "inductor") -> None:
         super().__init__(model)
-        mask = torch.ones(2, 3, dtype=torch.long, device=model.device)
-        mask[1, 2:] = 0  # or no mask would be made
-        with torch.no_grad():
-            inputs = {"input_ids": torch.zeros_like(mask), "inputs_embeds": None, "token_type_ids": None}
-            embedded = model.embed(BlockState(inputs, mask, None))
-            arguments = block_arguments(model, embedded.hidden_states, mask, embedded.position_ids)
-        self._arguments = list(name_arguments(arguments))
-        first, *others = [index for index, layer in enumerate(model.exit_layers) if layer > 0]
-        stages: dict[str, nn.Module] = {exit_stage(model.exit_layers[first]): FirstBlocksAndExit(model, first)}
-        takes = ("input_ids", "attention_mask", "token_type_ids", "lexical_logits")
-        self._takes: dict[str, tuple[str, ...]] = dict.fromkeys(stages, takes)
-        if others:
-            stages[ARGUMENTS] = Arguments(model)
-            self._takes[ARGUMENTS] = ("hidden_states", "attention_mask", "position_ids")
-        for index in others:
-            name = exit_stage(model.exit_layers[index])
-            stages[name] = BlocksAndExit(model, index, arguments)
-            self._takes[name] = ("hidden_states", "attention_mask", "bypass_state", "lexical_logits")
+        stages = make_stages(model)
+        self._takes = {name: stage.takes for name, stage in stages.items()}
         self._stages = {name: torch.compile(stage, dynamic=True, backend=backend) for name, stage in stages.items()}
 
     def compile(self) -> "CompiledStages":
@@ -73,15 +48,12 @@ class CompiledStages(TorchStages):
                 for layer in self.exit_layers:
                     if layer > 0:
                         state = self.run_block(layer, state)
-                        self.renew_arguments(self.compact(state, None, slice(0, tokens), padded=False))
         return self
 
     @torch.no_grad()
     def run(self, stage: str, state: NamedState) -> NamedState:
         """The state with what the stage made in it."""
         given = {name: state[name] for name in self._takes[stage] if name in state}
-        if "hidden_states" in given and stage != ARGUMENTS:
-            given["arguments"] = [state[name] for name in self._arguments]
         return {**state, **self._stages[stage](**given)}
 
 

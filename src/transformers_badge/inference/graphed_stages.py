@@ -5,11 +5,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from transformers_badge.inference.cuda_graphs import CudaGraphs, bucket_rows, bucket_tokens, most_positions
-from transformers_badge.inference.named_stages import NamedState, exit_stage
-from transformers_badge.inference.stage_modules import ArgumentsBlocksAndExit, FirstBlocksAndExit
+from transformers_badge.inference.named_stages import NamedState
+from transformers_badge.inference.stage_modules import make_stages
 from transformers_badge.inference.torch_stages import TorchStages
 from transformers_badge.model.rows_badge import pad_columns
 
@@ -33,16 +32,8 @@ class GraphedStages(TorchStages):
     def __init__(self, model: Any, graphs: Callable[..., CudaGraphs] = CudaGraphs) -> None:
         super().__init__(model)
         self.run_cost = float("inf")  # no padding is worth another graph
-        first, *others = [index for index, layer in enumerate(model.exit_layers) if layer > 0]
-        # A graph makes what blocks need besides faster than it takes it.
-        stages: dict[str, nn.Module] = {
-            exit_stage(model.exit_layers[index]): ArgumentsBlocksAndExit(model, index) for index in others
-        }
-        takes = ("hidden_states", "attention_mask", "position_ids", "bypass_state", "lexical_logits")
-        self._takes: dict[str, tuple[str, ...]] = dict.fromkeys(stages, takes)
-        name = exit_stage(model.exit_layers[first])
-        stages[name] = FirstBlocksAndExit(model, first, with_arguments=False)
-        self._takes[name] = ("input_ids", "attention_mask", "token_type_ids", "lexical_logits")
+        stages = make_stages(model)
+        self._takes = {name: stage.takes for name, stage in stages.items()}
         self._graphs = graphs(stages, model.device, model.max_tokens, most_positions(model.encoder))
 
     @torch.no_grad()
@@ -50,10 +41,6 @@ class GraphedStages(TorchStages):
         """The state with what the stage made in it."""
         given = {name: state[name] for name in self._takes[stage] if name in state}
         return {**state, **self._graphs.run(stage, given)}
-
-    def renew_arguments(self, state: NamedState) -> NamedState:
-        """The stages make their own."""
-        return state
 
     def embed(self, state: NamedState) -> NamedState:
         """The rows on the host, whence a graph fetches them, padded at once to the tokens of a bucket."""

@@ -1,4 +1,4 @@
-"""Stages that an engine runs by name: one per exit with the blocks up to it, and "arguments".
+"""Stages that an engine runs by name: one per exit with the blocks up to it.
 
 The embedding belongs to the stage of the first exit. Exit 0, which needs no block, is none of these: it is read in
 numpy, in which rows stay until they are embedded.
@@ -23,12 +23,6 @@ Array = np.ndarray[Any, np.dtype[Any]]
 NamedState = dict[str, Any]
 
 _PER_TOKEN = ("input_ids", "token_type_ids", "attention_mask", "position_ids")  # and whatever has three axes
-ARGUMENTS = "arguments"
-
-
-def argument(index: int) -> str:
-    """What blocks need besides, masks for example; made anew when rows or columns are dropped."""
-    return f"argument_{index}"
 
 
 def exit_stage(layer: int) -> str:
@@ -37,9 +31,8 @@ def exit_stage(layer: int) -> str:
 
 
 def stage_names(exit_layers: Sequence[int]) -> list[str]:
-    """All the stages, in the order in which they are first of use."""
-    first, *others = [exit_stage(layer) for layer in exit_layers if layer > 0]
-    return [first, ARGUMENTS, *others] if others else [first]
+    """All the stages, in their order."""
+    return [exit_stage(layer) for layer in exit_layers if layer > 0]
 
 
 @dataclass(frozen=True)
@@ -131,13 +124,8 @@ class NamedStages(ABC):
         """Blocks run in one go up to the next exit."""
         if layer not in self.exit_layers:
             return state
-        state = self.run(exit_stage(layer), self.renew_arguments(state))
+        state = self.run(exit_stage(layer), state)
         return {name: array for name, array in state.items() if name not in ("input_ids", "token_type_ids")}
-
-    def renew_arguments(self, state: NamedState) -> NamedState:
-        """What blocks need besides, made anew where rows or columns were dropped."""
-        missing = "hidden_states" in state and argument(0) not in state
-        return self.run(ARGUMENTS, state) if missing else state
 
     def read_exit(self, exit_index: int, state: NamedState) -> Any:
         """Logits (rows, labels), which came with the blocks."""
@@ -146,16 +134,15 @@ class NamedStages(ABC):
     def compact(self, state: NamedState, rows: Array | None, columns: slice, padded: bool) -> NamedState:
         """Keep these rows (`None`: all) and token columns."""
         keep = self.keep_rows if "hidden_states" in state else keep_host_rows
-        whole = _without_arguments(state)
-        kept = keep([array[:, columns] if is_per_token(name, array) else array for name, array in whole.items()], rows)
-        return dict(zip(whole, kept, strict=True))
+        kept = keep([array[:, columns] if is_per_token(name, array) else array for name, array in state.items()], rows)
+        return dict(zip(state, kept, strict=True))
 
     def merge(self, states: list[NamedState], masks: list[Array]) -> tuple[NamedState, Array]:
         """One state of several at the same depth, padded on the right, and its mask."""
         width = max(mask.shape[1] for mask in masks)
         join = self.join if "hidden_states" in states[0] else join_rows
         merged = {}
-        for name, array in _without_arguments(states[0]).items():
+        for name, array in states[0].items():
             padding = self._padding_id if name == "input_ids" else 0
             merged[name] = join([state[name] for state in states], width if is_per_token(name, array) else 0, padding)
         return merged, join_rows(masks, width)
@@ -169,7 +156,3 @@ def keep_host_rows(arrays: list[Array], rows: Array | None) -> list[Array]:
 def is_per_token(name: str, array: Any) -> bool:
     """Whether the second axis of an array is that of the tokens."""
     return name in _PER_TOKEN or array.ndim == 3
-
-
-def _without_arguments(state: NamedState) -> NamedState:
-    return {name: array for name, array in state.items() if not name.startswith("argument_")}

@@ -15,22 +15,13 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from transformers.utils.versions import require_version
 
-from transformers_badge.inference.named_stages import ARGUMENTS, LexicalWeights, argument, exit_stage
+from transformers_badge.inference.named_stages import LexicalWeights
 from transformers_badge.inference.onnx_stages import GRAPH, LEXICAL, RENEWED, OnnxStages, import_onnxruntime
 from transformers_badge.inference.predictor import FORMAT, MANIFEST, digest_file
-from transformers_badge.inference.stage_modules import (
-    Arguments,
-    BlocksAndExit,
-    FirstBlocksAndExit,
-    block_arguments,
-    name_arguments,
-    unused_sizes,
-)
+from transformers_badge.inference.stage_modules import make_stages, unused_sizes
 from transformers_badge.model.loss_badge import infer_problem_type
-from transformers_badge.model.outputs_badge import BlockState
 
 
 PRECISIONS = ("fp32", "int8")
@@ -159,35 +150,18 @@ def _trace_stages(model: Any) -> dict[str, Any]:
     ids = torch.randint(0, model.config.get_text_config().vocab_size, (rows, tokens), generator=generator)
     mask = torch.ones_like(ids)
     mask[1, 1:] = 0
-    types = torch.zeros_like(ids)
-    state: dict[str, Tensor] = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
-    inputs = {"input_ids": ids, "inputs_embeds": None, "token_type_ids": types}
-    embedded = model.embed(BlockState(inputs, mask, None))
-    arguments = block_arguments(model, embedded.hidden_states, mask, embedded.position_ids)
-
-    traced: dict[str, Any] = {}
-
-    def trace(name: str, stage: nn.Module, *takes: str) -> None:
-        given: dict[str, Any] = {key: state[key] for key in takes if key in state}
-        if isinstance(stage, BlocksAndExit):
-            given["arguments"] = [state[key] for key in name_arguments(arguments)]
-        traced[name], outputs = _trace(stage, given, {rows: "rows", tokens: "tokens"})
-        state.update(outputs)
-
+    state: dict[str, Tensor] = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
     if model.config.lexical_exit:
         state["lexical_logits"] = model.exits[0](ids, mask)
-    first, *others = [index for index, layer in enumerate(model.exit_layers) if layer > 0]
-    takes = ("input_ids", "attention_mask", "token_type_ids", "lexical_logits")
-    trace(exit_stage(model.exit_layers[first]), FirstBlocksAndExit(model, first), *takes)
-    if others:
-        trace(ARGUMENTS, Arguments(model), "hidden_states", "attention_mask", "position_ids")
-    for index in others:
-        takes = ("hidden_states", "attention_mask", "bypass_state", "lexical_logits")
-        trace(exit_stage(model.exit_layers[index]), BlocksAndExit(model, index, arguments), *takes)
+    traced = {}
+    for name, stage in make_stages(model).items():
+        given = {key: state[key] for key in stage.takes if key in state}
+        traced[name], outputs = _trace(stage, given, {rows: "rows", tokens: "tokens"})
+        state.update(outputs)
     return traced
 
 
-def _trace(stage: nn.Module, inputs: dict[str, Any], open_axes: dict[int, str]) -> tuple[Any, dict[str, Tensor]]:
+def _trace(stage: nn.Module, inputs: dict[str, Tensor], open_axes: dict[int, str]) -> tuple[Any, dict[str, Tensor]]:
     """The graph of a stage, and what the stage makes of these inputs.
 
     Args:
@@ -198,16 +172,13 @@ def _trace(stage: nn.Module, inputs: dict[str, Any], open_axes: dict[int, str]) 
         return {axis: open_axes[size] for axis, size in enumerate(tensor.shape) if size in open_axes}
 
     outputs: dict[str, Tensor] = stage(**inputs)
-    names: list[str] = []
-    for key, value in inputs.items():
-        names += [key] if isinstance(value, Tensor) else [argument(index) for index in range(len(value))]
     with _quiet():
         program = torch.onnx.export(
             stage,
             kwargs=inputs,
-            input_names=names,
-            output_names=[RENEWED + name if name in names else name for name in outputs],  # no name twice
-            dynamic_shapes=tree_map(name_axes, inputs),
+            input_names=list(inputs),
+            output_names=[RENEWED + name if name in inputs else name for name in outputs],  # no name twice
+            dynamic_shapes={name: name_axes(value) for name, value in inputs.items()},
             dynamo=True,
             verbose=False,
         )

@@ -22,7 +22,7 @@ from transformers_badge.model.stream_badge import READ_AHEAD, StreamedRow, strea
 Array = np.ndarray[Any, np.dtype[Any]]
 
 MANIFEST = "onnxruntime.json"
-FORMAT = 3
+FORMAT = 4
 ENGINES = ("onnxruntime", "compiled")
 
 

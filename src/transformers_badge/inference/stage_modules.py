@@ -1,25 +1,23 @@
 """The stages of a model as modules that take and return tensors by name: what engines trace or compile."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from transformers_badge.inference.named_stages import argument
+from transformers_badge.inference.named_stages import exit_stage
 from transformers_badge.model.outputs_badge import BlockState
 
 
 class FirstBlocksAndExit(nn.Module):
-    """The embedding, the blocks up to the first exit that has any before it, and that exit.
+    """The embedding, the blocks up to the first exit that has any before it, and that exit."""
 
-    Args:
-        with_arguments: also hand on what the next blocks need besides, as `BlocksAndExit` takes it.
-    """
+    takes = ("input_ids", "attention_mask", "token_type_ids", "lexical_logits")
 
-    def __init__(self, model: Any, exit_index: int, with_arguments: bool = True) -> None:
+    def __init__(self, model: Any, exit_index: int) -> None:
         super().__init__()
-        self.model, self.exit_index, self.with_arguments = model, exit_index, with_arguments
+        self.model, self.exit_index = model, exit_index
 
     def forward(
         self,
@@ -31,58 +29,19 @@ class FirstBlocksAndExit(nn.Module):
         """From (rows, tokens), int64."""
         inputs = {"input_ids": input_ids, "inputs_embeds": None, "token_type_ids": token_type_ids}
         state = self.model.embed(BlockState(inputs, attention_mask, None, lexical_logits))
-        # One row of positions can stand for all: here each has its own, as when rows were dropped and merged.
-        positions = None if state.position_ids is None else state.position_ids.expand(input_ids.shape)
-        made = block_arguments(self.model, state.hidden_states, attention_mask, positions)
-        outputs = run_to_exit(self.model, self.exit_index, replace(state, position_ids=positions, block_arguments=made))
-        if "hidden_states" not in outputs:
-            return outputs
-        return {**outputs, **present(position_ids=positions), **(name_arguments(made) if self.with_arguments else {})}
-
-
-class Arguments(nn.Module):
-    """What blocks need besides, once rows or columns were dropped."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """As in `BlockState`."""
-        return name_arguments(block_arguments(self.model, hidden_states, attention_mask, position_ids))
+        positions = state.position_ids
+        if positions is not None:
+            # One row of positions can stand for all: here each has its own, as when rows were dropped and merged; and
+            # they are no view, for which a compiled stage would need a graph of its own.
+            positions = positions.expand(input_ids.shape).clone(memory_format=torch.contiguous_format)
+        outputs = run_to_exit(self.model, self.exit_index, replace(state, position_ids=positions))
+        return {**outputs, **present(position_ids=positions)} if "hidden_states" in outputs else outputs
 
 
 class BlocksAndExit(nn.Module):
-    """The blocks since one exit, and the next.
+    """The blocks since one exit, and the next. What blocks need besides, masks for example, every stage makes anew."""
 
-    Args:
-        arguments: what the model hands its blocks: these have the same structure, and other tensors.
-    """
-
-    def __init__(self, model: Any, exit_index: int, arguments: dict[str, Any]) -> None:
-        super().__init__()
-        self.model, self.exit_index = model, exit_index
-        # `...` is where a tensor goes: one kept here would tie a compiled graph to its shape.
-        self.structure = _fill(arguments, iter([...] * len(name_arguments(arguments))))
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor,
-        arguments: list[Tensor],
-        bypass_state: Tensor | None = None,
-        lexical_logits: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """As in `BlockState`; arguments in the order of `name_arguments`."""
-        made = _fill(self.structure, iter(arguments))
-        state = BlockState({}, attention_mask, None, lexical_logits, hidden_states, bypass_state, None, made)
-        return run_to_exit(self.model, self.exit_index, state)
-
-
-class ArgumentsBlocksAndExit(nn.Module):
-    """The blocks since one exit, and the next; what blocks need besides is made here."""
+    takes = ("hidden_states", "attention_mask", "position_ids", "bypass_state", "lexical_logits")
 
     def __init__(self, model: Any, exit_index: int) -> None:
         super().__init__()
@@ -97,9 +56,16 @@ class ArgumentsBlocksAndExit(nn.Module):
         lexical_logits: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """As in `BlockState`."""
-        made = block_arguments(self.model, hidden_states, attention_mask, position_ids)
-        state = BlockState({}, attention_mask, None, lexical_logits, hidden_states, bypass_state, None, made)
+        state = BlockState({}, attention_mask, position_ids, lexical_logits, hidden_states, bypass_state)
         return run_to_exit(self.model, self.exit_index, state)
+
+
+def make_stages(model: Any) -> dict[str, FirstBlocksAndExit | BlocksAndExit]:
+    """The stages of a model by name, in their order. What one takes is what those before it have made, or the rows."""
+    first, *others = [index for index, layer in enumerate(model.exit_layers) if layer > 0]
+    stages: list[FirstBlocksAndExit | BlocksAndExit] = [FirstBlocksAndExit(model, first)]
+    stages += [BlocksAndExit(model, index) for index in others]
+    return {exit_stage(model.exit_layers[stage.exit_index]): stage for stage in stages}
 
 
 def run_to_exit(model: Any, exit_index: int, state: BlockState) -> dict[str, Tensor]:
@@ -128,35 +94,6 @@ def unused_sizes(model: Any) -> tuple[int, int]:
     return rows, tokens
 
 
-def block_arguments(model: Any, hidden_states: Any, attention_mask: Tensor, position_ids: Any) -> dict[str, Any]:
-    """What the blocks of this family need besides the hidden states."""
-    made: dict[str, Any] = model.adapter.block_arguments(model.encoder, hidden_states, attention_mask, position_ids)
-    return made
-
-
 def present(**tensors: Tensor | None) -> dict[str, Tensor]:
     """Those that there are."""
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
-
-
-def name_arguments(arguments: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors among the arguments of blocks, in a fixed order."""
-    return {argument(index): tensor for index, tensor in enumerate(_tensors(arguments))}
-
-
-# Not torch's pytree: what is compiled with it is compiled anew once any library tells it of one more type.
-def _tensors(value: Any) -> list[Tensor]:
-    """The tensors in dicts, lists and tuples, however deep."""
-    if isinstance(value, Tensor):
-        return [value]
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return [tensor for part in parts for tensor in _tensors(part)]
-
-
-def _fill(value: Any, tensors: Iterator[Any]) -> Any:
-    """The same dicts, lists and tuples with the next of `tensors` for each tensor, or `...`, that is in them."""
-    if isinstance(value, Tensor) or value is ...:
-        return next(tensors)
-    if isinstance(value, dict):
-        return {name: _fill(part, tensors) for name, part in value.items()}
-    return type(value)([_fill(part, tensors) for part in value]) if isinstance(value, (list, tuple)) else value
