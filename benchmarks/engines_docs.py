@@ -82,18 +82,21 @@ def _at_the_same_time(record: dict[str, Any]) -> str:
     )
 
 
+def _engines(record: dict[str, Any]) -> str:
+    """The options that choose a record's engines."""
+    return "".join(f" --engine {engine}" for engine in record["engines"])
+
+
 def _one_thread(record: dict[str, Any], machine: Callable[[dict[str, Any]], str]) -> str:
     """What early exit is worth where every process has one core."""
-    chosen = "".join(f" --engine {engine}" for engine in record["engines"])
     return (
-        f"`python benchmarks/engines.py demo-output/checkpoint --calibration-rows 2000 --threads 1 --batch-size 1{chosen}`, on {machine(record)}, ONNX Runtime {record['machine']['onnxruntime']}; thresholds and what they lose as above.\n\n"
+        f"`python benchmarks/engines.py demo-output/checkpoint --calibration-rows 2000 --threads 1 --batch-size 1{_engines(record)}`, on {machine(record)}, ONNX Runtime {record['machine']['onnxruntime']}; thresholds and what they lose as above.\n\n"
         + _times_and_ratios(record)
     )
 
 
 def _amx(record: dict[str, Any], machine: Callable[[dict[str, Any]], str]) -> str:
     """What engines are worth on a processor whose instructions multiply matrices in int8 and bf16."""
-    chosen = "".join(f" --engine {engine}" for engine in record["engines"])
     kept = [
         f"{ENGINE_NAMES[engine]} {entry['full_depth']:.2f} % at full depth, {entry['early_exit']:.2f} % with early exit at {entry['layer_speedup']:.2f}x in layers"
         for engine, entry in record["engines"].items()
@@ -101,7 +104,7 @@ def _amx(record: dict[str, Any], machine: Callable[[dict[str, Any]], str]) -> st
     ]
     return "\n\n".join(
         [
-            f"`python benchmarks/engines.py demo-output/checkpoint --calibration-rows 2000{chosen}`, on {machine(record)}, ONNX Runtime {record['machine']['onnxruntime']}: {'; '.join(kept)}.",
+            f"`python benchmarks/engines.py demo-output/checkpoint --calibration-rows 2000{_engines(record)}`, on {machine(record)}, ONNX Runtime {record['machine']['onnxruntime']}: {'; '.join(kept)}.",
             "![milliseconds per row, by engine and batch size, on a processor with AMX](images/engines_amx.png)",
             _times_and_ratios(record),
             _at_the_same_time(record),

@@ -15,7 +15,8 @@ Example: python benchmarks/write_docs.py (`make docs`). To renew the records fir
     python benchmarks/fit_lexical.py                          -> lexical_fit.json
     python benchmarks/engines.py demo-output/checkpoint       -> engines/benchmark.json as engines.json
         (of demo --full, with --calibration-rows 2000; with every --engine, bf16 too, on a processor with AMX
-        as engines_amx.json; with --threads 1 --batch-size 1 --engine eager --engine fp32 --engine int8 as engines_one_thread.json)
+        as engines_amx.json; with --threads 1 --batch-size 1 --engine eager --engine fp32 --engine int8
+        as engines_one_thread.json)
     python benchmarks/base_shape.py demo-output/checkpoint, and engines.py bench-output/base-shape
         --calibration-rows 2000 --max-lost 0.5 --device cuda --batch-size 1 --batch-size 32 --batch-size 256
         --rounds 3                                            -> engines/benchmark.json as engines_gpu.json

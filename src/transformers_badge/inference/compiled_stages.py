@@ -1,6 +1,7 @@
 """The stages of a model, each compiled by torch.compile: one graph for all shapes, so that nothing compiles later."""
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers_badge.inference.exit_logits import digest_model
 from transformers_badge.inference.graphed_stages import GraphedStages
 from transformers_badge.inference.named_stages import NamedState
 from transformers_badge.inference.predictor import PredictorConfig
-from transformers_badge.inference.stage_modules import make_stages, unused_sizes
+from transformers_badge.inference.stage_modules import unused_sizes
 from transformers_badge.inference.torch_stages import TorchStages, check_device
 from transformers_badge.model.loss_badge import infer_problem_type
 from transformers_badge.model.modeling_badge import BadgeForSequenceClassification
@@ -33,9 +34,9 @@ class CompiledStages(TorchStages):
 
     def __init__(self, model: Any, backend: str = "inductor") -> None:
         super().__init__(model)
-        stages = make_stages(model)
-        self._takes = {name: stage.takes for name, stage in stages.items()}
-        self._stages = {name: torch.compile(stage, dynamic=True, backend=backend) for name, stage in stages.items()}
+        self._stages: dict[str, Callable[..., NamedState]] = {
+            name: torch.compile(module, dynamic=True, backend=backend) for name, module in self._modules.items()
+        }
 
     def compile(self) -> "CompiledStages":
         """Compile every stage now, not when it is first met."""
@@ -50,11 +51,9 @@ class CompiledStages(TorchStages):
                         state = self.run_block(layer, state)
         return self
 
-    @torch.no_grad()
-    def run(self, stage: str, state: NamedState) -> NamedState:
-        """The state with what the stage made in it."""
-        given = {name: state[name] for name in self._takes[stage] if name in state}
-        return {**state, **self._stages[stage](**given)}
+    def run_module(self, stage: str, given: NamedState) -> NamedState:
+        """What a stage makes of what it is given."""
+        return self._stages[stage](**given)
 
 
 def load_compiled(

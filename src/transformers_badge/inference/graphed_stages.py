@@ -8,7 +8,6 @@ import torch
 
 from transformers_badge.inference.cuda_graphs import CudaGraphs, bucket_rows, bucket_tokens, most_positions
 from transformers_badge.inference.named_stages import NamedState
-from transformers_badge.inference.stage_modules import make_stages
 from transformers_badge.inference.torch_stages import TorchStages
 from transformers_badge.model.rows_badge import pad_columns
 
@@ -32,15 +31,11 @@ class GraphedStages(TorchStages):
     def __init__(self, model: Any, graphs: Callable[..., CudaGraphs] = CudaGraphs) -> None:
         super().__init__(model)
         self.run_cost = float("inf")  # no padding is worth another graph
-        stages = make_stages(model)
-        self._takes = {name: stage.takes for name, stage in stages.items()}
-        self._graphs = graphs(stages, model.device, model.max_tokens, most_positions(model.encoder))
+        self._graphs = graphs(self._modules, model.device, model.max_tokens, most_positions(model.encoder))
 
-    @torch.no_grad()
-    def run(self, stage: str, state: NamedState) -> NamedState:
-        """The state with what the stage made in it."""
-        given = {name: state[name] for name in self._takes[stage] if name in state}
-        return {**state, **self._graphs.run(stage, given)}
+    def run_module(self, stage: str, given: NamedState) -> NamedState:
+        """What a stage makes of what it is given."""
+        return self._graphs.run(stage, given)
 
     def embed(self, state: NamedState) -> NamedState:
         """The rows on the host, whence a graph fetches them, padded at once to the tokens of a bucket."""

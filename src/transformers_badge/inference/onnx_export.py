@@ -155,8 +155,7 @@ def _trace_stages(model: Any) -> dict[str, Any]:
         state["lexical_logits"] = model.exits[0](ids, mask)
     traced = {}
     for name, stage in make_stages(model).items():
-        given = {key: state[key] for key in stage.takes if key in state}
-        traced[name], outputs = _trace(stage, given, {rows: "rows", tokens: "tokens"})
+        traced[name], outputs = _trace(stage, stage.given(state), {rows: "rows", tokens: "tokens"})
         state.update(outputs)
     return traced
 

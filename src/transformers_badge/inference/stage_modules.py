@@ -6,18 +6,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transformers_badge.inference.named_stages import exit_stage
+from transformers_badge.inference.named_stages import NamedState, exit_stage
 from transformers_badge.model.outputs_badge import BlockState
 
 
-class FirstBlocksAndExit(nn.Module):
-    """The embedding, the blocks up to the first exit that has any before it, and that exit."""
+class StageModule(nn.Module):
+    """The blocks up to an exit, and that exit. What blocks need besides, masks for example, every stage makes anew."""
 
-    takes = ("input_ids", "attention_mask", "token_type_ids", "lexical_logits")
+    takes: tuple[str, ...]  # of a state, what there is of it
 
     def __init__(self, model: Any, exit_index: int) -> None:
         super().__init__()
         self.model, self.exit_index = model, exit_index
+
+    def given(self, state: NamedState) -> NamedState:
+        """What this stage takes of a state."""
+        return {name: state[name] for name in self.takes if name in state}
+
+
+class FirstBlocksAndExit(StageModule):
+    """The embedding, the blocks up to the first exit that has any before it, and that exit."""
+
+    takes = ("input_ids", "attention_mask", "token_type_ids", "lexical_logits")
 
     def forward(
         self,
@@ -38,14 +48,10 @@ class FirstBlocksAndExit(nn.Module):
         return {**outputs, **present(position_ids=positions)} if "hidden_states" in outputs else outputs
 
 
-class BlocksAndExit(nn.Module):
-    """The blocks since one exit, and the next. What blocks need besides, masks for example, every stage makes anew."""
+class BlocksAndExit(StageModule):
+    """The blocks since one exit, and the next."""
 
     takes = ("hidden_states", "attention_mask", "position_ids", "bypass_state", "lexical_logits")
-
-    def __init__(self, model: Any, exit_index: int) -> None:
-        super().__init__()
-        self.model, self.exit_index = model, exit_index
 
     def forward(
         self,
@@ -60,12 +66,13 @@ class BlocksAndExit(nn.Module):
         return run_to_exit(self.model, self.exit_index, state)
 
 
-def make_stages(model: Any) -> dict[str, FirstBlocksAndExit | BlocksAndExit]:
+def make_stages(model: Any) -> dict[str, StageModule]:
     """The stages of a model by name, in their order. What one takes is what those before it have made, or the rows."""
     first, *others = [index for index, layer in enumerate(model.exit_layers) if layer > 0]
-    stages: list[FirstBlocksAndExit | BlocksAndExit] = [FirstBlocksAndExit(model, first)]
-    stages += [BlocksAndExit(model, index) for index in others]
-    return {exit_stage(model.exit_layers[stage.exit_index]): stage for stage in stages}
+    stages: dict[str, StageModule] = {exit_stage(model.exit_layers[first]): FirstBlocksAndExit(model, first)}
+    for index in others:
+        stages[exit_stage(model.exit_layers[index])] = BlocksAndExit(model, index)
+    return stages
 
 
 def run_to_exit(model: Any, exit_index: int, state: BlockState) -> dict[str, Tensor]:

@@ -1,12 +1,14 @@
 """What the engines of torch have in common: tensors, where the model is and in its dtype."""
 
+from abc import abstractmethod
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from transformers_badge.inference.named_stages import LexicalWeights, NamedStages
+from transformers_badge.inference.named_stages import LexicalWeights, NamedStages, NamedState
+from transformers_badge.inference.stage_modules import make_stages
 from transformers_badge.model.stages_badge import join_tensors
 
 
@@ -22,7 +24,16 @@ class TorchStages(NamedStages):
 
     def __init__(self, model: Any) -> None:
         super().__init__(model.exit_layers, model.padding_id, LexicalWeights.of(model), model.run_cost)
-        self._model = model
+        self._model, self._modules = model, make_stages(model)
+
+    @torch.no_grad()
+    def run(self, stage: str, state: NamedState) -> NamedState:
+        """The state with what the stage made in it."""
+        return {**state, **self.run_module(stage, self._modules[stage].given(state))}
+
+    @abstractmethod
+    def run_module(self, stage: str, given: NamedState) -> NamedState:
+        """What a stage makes of what it is given."""
 
     def from_host(self, array: Array) -> Tensor:
         """The array where the model is."""
