@@ -196,12 +196,15 @@ def predict_with_policy(
         batches = split_by_length(stages, batch, None)
     while batches:
         batch, leaves = run_to_exit(stages, batches.pop(), policy, thresholds, problem_type)
-        if leaves.any():
-            leaving, seen = batch.rows[leaves], batch.exit_logits.shape[1]
-            exit_logits[leaving, :seen] = batch.exit_logits[leaves]
+        seen, nobody, everybody = batch.exit_logits.shape[1], not leaves.any(), leaves.all()
+        if not nobody:
+            leaving = batch.rows if everybody else batch.rows[leaves]
+            exit_logits[leaving, :seen] = batch.exit_logits if everybody else batch.exit_logits[leaves]
             exit_taken[leaving] = seen - 1
-        if not leaves.all():
-            batches += split_by_length(stages, batch, np.flatnonzero(~leaves) if leaves.any() else None)
+        if nobody and seen > 1:
+            batches.append(batch)  # these have been parted already
+        elif not everybody:
+            batches += split_by_length(stages, batch, None if nobody else np.flatnonzero(~leaves))
     return exit_logits, exit_taken
 
 
