@@ -30,6 +30,8 @@ IDS, MASK = GOOD["input_ids"], GOOD["attention_mask"]
         ({"input_ids": IDS, "attention_mask": MASK * 0}, ValueError, "attention_mask is all zero in row 0"),
         ({"input_ids": IDS, "attention_mask": MASK * torch.tensor([[1], [0]])}, ValueError, "all zero in row 1"),
         ({"input_ids": IDS, "attention_mask": MASK * 2}, ValueError, "only 0 .* and 1"),
+        ({"input_ids": IDS, "attention_mask": MASK * 0.5}, ValueError, "only 0 .* and 1"),
+        ({"input_ids": IDS, "attention_mask": MASK.bfloat16()}, TypeError, "whole numbers or booleans, got .*bfloat16"),
         (
             {"input_ids": IDS, "attention_mask": MASK[:, :-1]},
             ValueError,

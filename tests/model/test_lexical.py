@@ -123,7 +123,7 @@ def test_exit_0_comes_first_and_every_later_exit_adds_it_through_its_gate():
         said = model(**batch).exit_logits
         weight, bias = model.exits[0].weight, model.exits[0].bias
         buckets = model.exits[0].buckets(**batch)
-        by_hand = torch.stack([bias + weight[row[row > 0]].sum(0) / (row > 0).sum().sqrt() for row in buckets])
+        by_hand = torch.stack([bias + weight[row[row > 0]].sum(0) / np.sqrt((row > 0).sum()) for row in buckets])
         assert torch.allclose(said[:, 0], by_hand, atol=1e-5)
         without = model(**batch, lexical_logits=torch.zeros(len(LENGTHS), 3)).exit_logits
         for index, gate in enumerate([1.0, 0.5, -2.0, 0.0], start=1):
@@ -248,12 +248,24 @@ def test_lexical_logits_for_a_model_without_exit_0_are_a_plain_error():
         tiny_model("bert")(**pad(random_rows(LENGTHS)), lexical_logits=torch.zeros(7, 3))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_precisions_run(dtype):
+@pytest.mark.parametrize(("dtype", "off_by"), [(torch.float16, 0.1), (torch.bfloat16, 0.1), (torch.float64, 1e-5)])
+def test_other_precisions_say_nearly_the_same(dtype, off_by):
     model = tiny_model("bert", lexical_exit=True)
     batch = pad(random_rows(LENGTHS))
     exact = model(**batch).exit_logits[:, 0]
-    assert torch.allclose(model.to(dtype)(**batch).exit_logits[:, 0].float(), exact, atol=0.1)
+    assert torch.allclose(model.to(dtype)(**batch).exit_logits[:, 0].float(), exact, atol=off_by)
+
+
+def test_what_is_no_ngram_weighs_nothing():
+    """Whatever stands in bucket 0, padding does not change an answer."""
+    model = tiny_model("bert", lexical_exit=True)
+    row = random_rows([9])
+    alone, padded = (model.exits[0](**pad(row, extra=extra)) for extra in (0, 5))
+    model.exits[0].weight[0] = 100.0
+    assert torch.equal(model.exits[0](**pad(row)), alone)
+    assert torch.equal(model.exits[0](**pad(row, extra=5)), padded)
+    model.exits[0].weight[1:] += 1.0  # the control: other weights do count
+    assert not torch.allclose(model.exits[0](**pad(row)), alone)
 
 
 @pytest.mark.parametrize("family", ["bert", "deberta-v2"])

@@ -36,7 +36,7 @@ def explain_lexical_exit(
         columns = [[text]] if isinstance(text, str) else [[part] for part in text]
         ids = tokenizer(*columns, truncation=True, max_length=limit, return_tensors="pt")["input_ids"].to(model.device)
         with torch.no_grad():
-            buckets = lexical.buckets(ids, None)[0].cpu().numpy()
+            buckets = lexical.buckets(ids, None)[0]
             logits = lexical(ids, None)[0]
             answer, labels = int(logits.argmax()), len(logits)
             weights = lexical.weight[torch.from_numpy(buckets).to(model.device)].float().cpu().numpy()

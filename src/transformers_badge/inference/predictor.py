@@ -15,7 +15,7 @@ from transformers_badge.inference.onnx_stages import GRAPH, LEXICAL, OnnxStages
 from transformers_badge.inference.predict import predict_texts
 from transformers_badge.model.early_exit_badge import predict_with_policy
 from transformers_badge.model.policy_badge import ExitPolicy
-from transformers_badge.model.rows_badge import check_stream, read_tokens
+from transformers_badge.model.rows_badge import check_stream, check_values, read_tokens
 from transformers_badge.model.stream_badge import READ_AHEAD, StreamedRow, stream_with_policy
 
 
@@ -223,18 +223,11 @@ class BadgePredictor:
                 f"The rows have {ids.shape[1]} tokens, but this model takes at most {self.max_tokens}: tokenize with "
                 f"truncation=True, max_length={self.max_tokens}."
             )
-        if ids.min() < 0 or ids.max() >= self._vocab_size:
-            raise ValueError(f"input_ids must be in [0, {self._vocab_size}): use the tokenizer of this export.")
         mask = np.ones(ids.shape, np.int64) if attention_mask is None else np.asarray(attention_mask)
         for name, value in (("attention_mask", mask), ("token_type_ids", token_type_ids)):
             if value is not None and np.shape(value) != ids.shape:
                 raise ValueError(f"{name} must have the shape {ids.shape} of input_ids, got {np.shape(value)}.")
-        tokens = mask > 0
-        if not (mask == tokens).all():
-            raise ValueError("attention_mask must hold only 0 (padding) and 1 (token).")
-        if not tokens.any(axis=1).all():
-            row = tokens.any(axis=1).argmin()
-            raise ValueError(f"attention_mask is all zero in row {row}: every row needs at least one token.")
+        check_values(ids, mask, self._vocab_size)
         types = None if token_type_ids is None else np.asarray(token_type_ids, np.int64)
         return ids.astype(np.int64, copy=False), mask.astype(np.int64, copy=False), types
 

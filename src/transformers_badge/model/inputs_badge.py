@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .rows_badge import check_values
+
 
 def check_inputs(input_ids: Any, attention_mask: Any, inputs_embeds: Any, vocab_size: int, max_tokens: int) -> None:
     """Check shapes, types and ranges of a batch.
@@ -39,6 +41,8 @@ def check_inputs(input_ids: Any, attention_mask: Any, inputs_embeds: Any, vocab_
         )
     if input_ids is not None and (input_ids.dtype.is_floating_point or input_ids.dtype == torch.bool):
         raise TypeError(f"input_ids must be whole numbers, got {input_ids.dtype}.")
+    if attention_mask is not None and attention_mask.dtype == torch.bfloat16:  # numpy has no such type
+        raise TypeError("attention_mask must be whole numbers or booleans, got torch.bfloat16.")
     if attention_mask is not None and attention_mask.shape != tokens.shape[:2]:
         raise ValueError(
             f"attention_mask must have the shape {tuple(tokens.shape[:2])} of {name}, "
@@ -46,26 +50,9 @@ def check_inputs(input_ids: Any, attention_mask: Any, inputs_embeds: Any, vocab_
         )
     if torch.compiler.is_compiling():  # what follows looks at values, which a traced graph does not have
         return
-    # An id out of range would otherwise end a CUDA process with an assertion. All that is asked is one wait for it.
-    asked = [] if input_ids is None else list(input_ids.aminmax())
-    if attention_mask is not None:
-        filled = attention_mask.bool().any(dim=1)
-        asked += [((attention_mask == 0) | (attention_mask == 1)).all(), filled.all()]
-    told = torch.stack([value.long() for value in asked]).tolist() if asked else []
-    if input_ids is not None:
-        low, high, *told = told
-        if low < 0 or high >= vocab_size:
-            raise ValueError(
-                f"input_ids must be in [0, {vocab_size}), the encoder's vocabulary, got {low if low < 0 else high}: "
-                "use the tokenizer that belongs to this encoder."
-            )
-    if attention_mask is not None:
-        of_0_and_1, none_empty = told
-        if not of_0_and_1:
-            raise ValueError("attention_mask must hold only 0 (padding) and 1 (token).")
-        if not none_empty:
-            row = filled.tolist().index(False)
-            raise ValueError(f"attention_mask is all zero in row {row}: every row needs at least one token.")
+    # An id out of range would otherwise end a CUDA process with an assertion.
+    ids, mask = (None if value is None else value.cpu().numpy() for value in (input_ids, attention_mask))
+    check_values(ids, mask, vocab_size)
 
 
 def check_lexical(lexical_logits: Any, input_ids: Any, shape: tuple[int, int], lexical_exit: bool) -> None:

@@ -115,6 +115,34 @@ def _checked_tokens(index: int, row: Any, vocab_size: int, max_tokens: int) -> d
     return {name: column.tolist() for name, column in columns.items()}
 
 
+def check_values(ids: Array | None, mask: Array | None, vocab_size: int) -> None:
+    """See that a padded batch holds what it may hold.
+
+    Args:
+        ids: (rows, tokens), whole numbers.
+        mask: (rows, tokens).
+
+    Raises:
+        ValueError: an id outside the vocabulary; a mask that holds something else than 0 and 1, or no 1 in a row.
+    """
+    if ids is not None:
+        low, high = ids.min(), ids.max()
+        if low < 0 or high >= vocab_size:
+            raise ValueError(
+                f"input_ids must be in [0, {vocab_size}), the encoder's vocabulary, got {low if low < 0 else high}: "
+                "use the tokenizer that belongs to this encoder."
+            )
+    if mask is not None:
+        tokens = mask > 0
+        if not (mask == tokens).all():
+            raise ValueError("attention_mask must hold only 0 (padding) and 1 (token).")
+        filled = tokens.any(axis=1)
+        if not filled.all():
+            raise ValueError(
+                f"attention_mask is all zero in row {filled.argmin()}: every row needs at least one token."
+            )
+
+
 def _whole_numbers(index: int, name: str, value: Any) -> Array:
     try:
         numbers = np.asarray(value)
