@@ -193,6 +193,16 @@ def test_encoders_are_built_without_parts_that_get_no_gradient(every_family):
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
+def test_a_model_that_has_predicted_can_be_trained(every_family):
+    """Predicting runs in inference mode, of which nothing may be left in the encoder or in the answers."""
+    model, batch = tiny_model(every_family), pad(random_rows(LENGTHS))
+    taught = model.early_exit_predict(**batch, threshold=0.9, output_exit_logits=True)
+    streamed = next(iter(model.early_exit_stream([{"input_ids": [5, 6, 7]}], threshold=0.9)))
+    assert not any(made.is_inference() for made in (taught.logits, taught.exit_logits, streamed.logits))
+    torch.nn.functional.mse_loss(model.train()(**batch).logits, taught.logits).backward()
+    assert any(parameter.grad is not None for parameter in model.encoder.parameters())
+
+
 def test_an_unsupported_family_is_named_with_those_that_are():
     with pytest.raises(ValueError, match="'gpt2'.*albert, bert, .*xlm-roberta"):
         get_adapter("gpt2")
