@@ -146,6 +146,7 @@ def test_a_group_more_saves_more_padding_than_a_run_costs(run_cost, side):
 def test_an_accelerator_runs_batches_whole():
     model = tiny_model("bert", exit_layers=[1], encoder={"num_hidden_layers": 1})
     assert 0 < model.run_cost < np.inf
+    assert model.to(torch.bfloat16).run_cost > model.to(torch.float64).run_cost == model.to(torch.float32).run_cost
     assert model.to("meta").run_cost == np.inf
 
 

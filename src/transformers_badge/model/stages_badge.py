@@ -22,8 +22,8 @@ def join_tensors(tensors: list[Tensor], width: int, padding: int) -> Tensor:
 
 
 # Positions of tokens that take one thread as long as what a run of a block costs besides, by measurement with MiniLM:
-# more threads take less time for positions, and none for the rest.
-POSITIONS_PER_RUN = 128
+# more threads take less time for positions, and none for the rest. Those of bf16 are of a processor that has it (AMX).
+POSITIONS_PER_RUN = {torch.float32: 128, torch.bfloat16: 512}
 
 
 class BadgeStages:
@@ -52,7 +52,9 @@ class BadgeStages:
     @property
     def run_cost(self) -> float:
         """What a run costs however many rows there are, in positions: none is worth a run more on an accelerator."""
-        return POSITIONS_PER_RUN * torch.get_num_threads() if self.device.type == "cpu" else float("inf")
+        if self.device.type != "cpu":
+            return float("inf")
+        return POSITIONS_PER_RUN.get(self.dtype, POSITIONS_PER_RUN[torch.float32]) * torch.get_num_threads()
 
     @property
     def padding_id(self) -> int:
