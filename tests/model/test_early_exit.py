@@ -1,5 +1,8 @@
 """The loop over blocks, and `early_exit_predict` on top of it."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -105,6 +108,31 @@ def test_rows_unlike_in_length_run_apart():
     whole, _ = predict_with_policy(together, np.arange(6), LONG_AND_SHORT, 2, ENTROPY, "single_label_classification")
     np.testing.assert_array_equal(logits, whole)
     assert [rows for layer, rows in together.seen if layer == 1] == [[0, 1, 2, 3, 4, 5]]
+
+
+def test_parts_run_side_by_side_in_an_executor():
+    class Meeting(ScriptedStages):
+        """Both parts have to be at the first block at the same time."""
+
+        def __init__(self, patience, **fields):
+            super().__init__([9, 9, 0, 0, 1, 2], run_cost=10, **fields)
+            self.meeting = threading.Barrier(2, timeout=patience)
+
+        def run_block(self, layer, state):
+            if layer == 1:
+                self.meeting.wait()
+            return super().run_block(layer, state)
+
+    given = np.arange(6), LONG_AND_SHORT, 2, ENTROPY, "single_label_classification"
+    expected, expected_taken = predict_with_policy(ScriptedStages([9, 9, 0, 0, 1, 2]), *given)
+    with ThreadPoolExecutor(2) as executor:
+        logits, taken = predict_with_policy(Meeting(patience=20), *given, executor)
+    np.testing.assert_array_equal(logits, expected)
+    assert taken.tolist() == expected_taken.tolist()
+    with pytest.raises(threading.BrokenBarrierError):  # one after the other they wait in vain
+        predict_with_policy(Meeting(patience=0.05), *given)
+    with ThreadPoolExecutor(2) as executor, pytest.raises(threading.BrokenBarrierError):  # an error comes through
+        predict_with_policy(Meeting(patience=0), *given, executor)
 
 
 def test_rows_are_not_parted_before_those_that_need_no_block_have_left():

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Generator, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ class BadgePredictor:
         manifest: facts about the model, as an export states them: num_labels, precision, max_tokens, vocab_size,
             digest.
         tokenizer: of its encoder.
-        workers: how many batches of a stream run side by side.
+        workers: how many batches of a stream, or parts of a batch, run side by side.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class BadgePredictor:
         self.max_tokens: int = manifest["max_tokens"]
         self.digest: str = manifest["digest"]  # tells whether an exit table is this predictor's own
         self._vocab_size: int = manifest["vocab_size"]
+        self._executor = ThreadPoolExecutor(workers) if workers > 1 else None
 
     @classmethod
     def from_pretrained(
@@ -91,8 +93,9 @@ class BadgePredictor:
             provider: onnxruntime only: an execution provider. Default: "CPUExecutionProvider".
             threads: onnxruntime only: how many threads work on one product. Default: one per core; with several
                 workers one each. (The engine compiled has those of `torch.set_num_threads`.)
-            workers: onnxruntime only: how many batches of a stream, or of texts in a call, run side by side. As many
-                as there are cores answer most rows per second; `early_exit_predict` is then slower.
+            workers: onnxruntime only: how many batches of a stream, or of texts in a call, run side by side; in
+                `early_exit_predict`, how many parts of a batch, whose rows are alike in length. As many as there are
+                cores answer most rows per second; a single row takes longer then.
             device: compiled only: "cuda" for a GPU, where the stages run as CUDA graphs. Default: "cpu".
 
         Raises:
@@ -161,7 +164,9 @@ class BadgePredictor:
         ids, mask, types = self._check(input_ids, attention_mask, token_type_ids)
         state = self.stages.begin_padded(ids, mask, types)
         problem_type = self.config.problem_type
-        exit_logits, taken = predict_with_policy(self.stages, state, mask > 0, self.num_labels, policy, problem_type)
+        exit_logits, taken = predict_with_policy(
+            self.stages, state, mask > 0, self.num_labels, policy, problem_type, self._executor
+        )
         logits = exit_logits[np.arange(len(ids)), taken].astype(np.float32)
         seen = exit_logits.astype(np.float32) if output_exit_logits else None
         return Prediction(logits, np.asarray(self.exit_layers)[taken], seen)

@@ -7,6 +7,7 @@ with a policy, and `early_exit_stream` piece by piece, from one exit where rows 
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -171,7 +172,13 @@ def run_to_exit(
 
 
 def predict_with_policy(
-    stages: Stages[State], state: State, mask: Array, num_labels: int, policy: "ExitPolicy", problem_type: str
+    stages: Stages[State],
+    state: State,
+    mask: Array,
+    num_labels: int,
+    policy: "ExitPolicy",
+    problem_type: str,
+    executor: Executor | None = None,
 ) -> tuple[Array, Array]:
     """Run the rows block by block, those that are alike in length together, and let each leave where the policy says.
 
@@ -180,6 +187,7 @@ def predict_with_policy(
         state: of all rows, before they are embedded.
         mask: (rows, tokens), bool: which columns of which rows hold a token.
         policy: when to leave; at the last exit everyone does.
+        executor: runs rows that are unlike in length side by side. Default: they run one after the other.
 
     Returns:
         Exit logits (rows, exits, labels), float64, NaN where an exit was not reached, and the index of the exit that
@@ -189,22 +197,34 @@ def predict_with_policy(
     thresholds = policy.thresholds(num_exits)
     exit_logits = np.full((len(mask), num_exits, num_labels), np.nan)
     exit_taken = np.full(len(mask), num_exits - 1)
-    batch = Batch.fresh(state, mask, np.arange(len(mask)), num_labels)
-    if stops_before_blocks(stages, thresholds):
-        batches = [keep_rows(stages, batch, None)]
-    else:
-        batches = split_by_length(stages, batch, None)
-    while batches:
-        batch, leaves = run_to_exit(stages, batches.pop(), policy, thresholds, problem_type)
+
+    def run(batch: Batch[State]) -> list[Batch[State]]:
+        """To the next exit where rows can leave, and what goes on from there."""
+        batch, leaves = run_to_exit(stages, batch, policy, thresholds, problem_type)
         seen, nobody, everybody = batch.exit_logits.shape[1], not leaves.any(), leaves.all()
         if not nobody:
             leaving = batch.rows if everybody else batch.rows[leaves]
             exit_logits[leaving, :seen] = batch.exit_logits if everybody else batch.exit_logits[leaves]
             exit_taken[leaving] = seen - 1
+        if everybody:
+            return []
         if nobody and seen > 1:
-            batches.append(batch)  # these have been parted already
-        elif not everybody:
-            batches += split_by_length(stages, batch, None if nobody else np.flatnonzero(~leaves))
+            return [batch]  # these have been parted already
+        return split_by_length(stages, batch, None if nobody else np.flatnonzero(~leaves))
+
+    def finish(batch: Batch[State]) -> None:
+        batches = [batch]
+        while batches:
+            batches += run(batches.pop())
+
+    batch = Batch.fresh(state, mask, np.arange(len(mask)), num_labels)
+    if stops_before_blocks(stages, thresholds):
+        batches = run(keep_rows(stages, batch, None))
+    else:
+        batches = split_by_length(stages, batch, None)
+    run_all = map if executor is None or len(batches) < 2 else executor.map
+    for _ in run_all(finish, reversed(batches)):  # the longest first
+        pass
     return exit_logits, exit_taken
 
 
