@@ -134,9 +134,9 @@ def test_a_process_that_runs_one_model_loads_no_other(contenders, monkeypatch, k
 def test_contenders_in_onnx_runtime_run(contenders, tmp_path):
     contenders.policies["fp32"] = ExitPolicy(criterion="entropy", threshold=0.6)
     contenders.threads = 2
-    for kind in ("full", "early exit", "stream", "full side by side", "stream side by side"):
+    for kind in ("full", "early exit", "parts side by side", "stream", "full side by side", "stream side by side"):
         seconds = contenders.run(kind, "fp32")(["w5 w6 w7", "w8", "w9 w10"], 2)
-        assert len(seconds) == (2 if kind in ("full", "early exit") else 1)
+        assert len(seconds) == (2 if kind in ("full", "early exit", "parts side by side") else 1)
         assert min(seconds) > 0
     assert [contenders.engine("fp32", workers).workers for workers in (1, 2)] == [1, 2]
     assert {"full-fp32.onnx", "full-int8.onnx", "ours-fp32"} < {path.name for path in tmp_path.iterdir()}

@@ -33,8 +33,8 @@ from transformers_badge.model.policy_badge import ExitPolicy
 
 PIPELINE = "pipeline"
 _KINDS = ("full", "early exit", "truncated", "deeper", "nobody leaves", "stream")
-_PARALLEL_KINDS = ("full side by side", "stream side by side")
-_WITHOUT_LATENCY = ("stream", *_PARALLEL_KINDS)  # a batch of which takes no time of its own
+_PARALLEL_KINDS = ("full side by side", "parts side by side", "stream side by side")
+_WITHOUT_LATENCY = ("stream", "full side by side", "stream side by side")  # a batch of which takes no time of its own
 MEMORY_KINDS = ("full", "early exit", "stream", *_PARALLEL_KINDS)
 MEMORY_BATCH = 32
 BATCHES = 8  # that are timed at least
@@ -211,10 +211,13 @@ def _time(
             ratios[f"{ours} over {base}"] = timings.speedup(ours, base)
         for base in (PIPELINE, f"full, {engine}", ours):
             ratios[f"{streamed} over {base}"] = timings.speedup(streamed, base)
-        full_parallel, parallel = (f"{kind}, {engine}" for kind in _PARALLEL_KINDS)
+        full_parallel, parts, parallel = (f"{kind}, {engine}" for kind in _PARALLEL_KINDS)
         if parallel in runs:
             for base in (PIPELINE, f"full, {engine}", full_parallel, streamed):
                 ratios[f"{parallel} over {base}"] = timings.speedup(parallel, base)
+            for base in (PIPELINE, f"full, {engine}", ours):
+                ratios[f"{parts} over {base}"] = timings.speedup(parts, base)
+            ratios[f"arrives, {parts}"] = timings.speedup(parts, f"ideal, {engine}")
         ratios[f"cost of exits, {engine}"] = timings.speedup(f"full, {engine}", f"nobody leaves, {engine}")
         for name in (ours, streamed):
             ratios[f"arrives, {name}"] = timings.speedup(name, f"ideal, {engine}")

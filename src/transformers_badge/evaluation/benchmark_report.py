@@ -23,6 +23,7 @@ _KINDS = {
     "truncated": "stopping at one exit",
     "deeper": "stopping at the next exit",
     "early exit": "**early exit**",
+    "parts side by side": "**early exit, parts side by side**",
     "stream": "**early exit, streamed**",
     "stream side by side": "**early exit, streamed side by side**",
     "full side by side": "full model, batches side by side",
@@ -145,12 +146,15 @@ def ratios(record: dict[str, Any]) -> list[tuple[str, str]]:
     found = []
     for engine in record["engines"]:
         name, ours = engine_names(record)[engine], f"early exit, {engine}"
-        parallel = f"stream side by side, {engine}"
+        parts, parallel = f"parts side by side, {engine}", f"stream side by side, {engine}"
         found += [
             (f"{ours} over {PIPELINE}", f"early exit {name} over transformers' pipeline"),
             (f"{ours} over full, {engine}", f"early exit {name} over the full model there"),
             (f"{ours} over truncated, {engine}", f"early exit {name} over stopping at one exit there"),
             (f"{ours} over deeper, {engine}", f"early exit {name} over stopping at the next exit there"),
+            (f"{parts} over {PIPELINE}", f"parts side by side {name} over transformers' pipeline"),
+            (f"{parts} over full, {engine}", f"parts side by side {name} over the full model there"),
+            (f"{parts} over {ours}", f"parts side by side over one after the other, {name}"),
             (f"stream, {engine} over {PIPELINE}", f"streamed {name} over transformers' pipeline"),
             (f"stream, {engine} over full, {engine}", f"streamed {name} over the full model there"),
             (f"stream, {engine} over {ours}", f"streamed over batch by batch, {name}"),
@@ -160,6 +164,7 @@ def ratios(record: dict[str, Any]) -> list[tuple[str, str]]:
             (f"{parallel} over stream, {engine}", f"side by side over streamed by itself, {name}"),
             (f"cost of exits, {engine}", f"time of nobody leaving over the full model, {name}"),
             (f"arrives, {ours}", f"ideal time over time, {name}"),
+            (f"arrives, {parts}", f"ideal time over time, parts side by side, {name}"),
             (f"arrives, stream, {engine}", f"ideal time over time, streamed, {name}"),
         ]
     there = next(iter(record["batch_sizes"].values()))["ratios"]

@@ -140,9 +140,11 @@ class Contenders:
             return self._stream(engine, 1)
         if kind == "stream side by side":
             return self._stream(engine, self.threads)
-        model, tensors = self.engine(engine), "pt" if engine == "eager" else "np"
+        model = self.engine(engine, self.threads if kind == "parts side by side" else 1)
+        tensors = "pt" if engine == "eager" else "np"
         policy = {
             "early exit": lambda: self.policies[engine],
+            "parts side by side": lambda: self.policies[engine],
             "truncated": lambda: self._stop_at(self.truncated_at[engine]),
             "deeper": lambda: self._stop_at(min(self.truncated_at[engine] + 1, len(self.config.exit_layers) - 1)),
             "nobody leaves": ExitPolicy,
