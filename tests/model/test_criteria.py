@@ -1,6 +1,7 @@
 """Criteria against hand computations, and the properties that every one of them must have."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from scipy.stats import entropy as scipy_entropy
 
 from transformers_badge import ExitPolicy
+from transformers_badge.model import criteria_badge
 from transformers_badge.model.criteria_badge import (
     COMBINATORS,
     CRITERIA,
@@ -16,7 +18,7 @@ from transformers_badge.model.criteria_badge import (
     exit_scores,
     is_ready,
 )
-from transformers_badge.model.exit_rule_badge import FEATURES, rule_features
+from transformers_badge.model.exit_rule_badge import FEATURES, row_score, rule_features
 
 
 SINGLE = "single_label_classification"
@@ -446,6 +448,50 @@ def test_a_learned_score_against_plain_python():
         *weights, constant = RULE[len(path) - 1]
         logit = sum(w * x for w, x in zip(weights, plain_features(path), strict=True)) + constant
         assert score(policy, *path) == pytest.approx(1 / (1 + math.exp(-logit)))
+
+
+@pytest.mark.parametrize("temperature", [None, 1.7, (0.4, 3.0, 1.0, 2.5, 0.7, 1.3, 0.9, 1.1)])
+@pytest.mark.parametrize("labels", [2, 3, 7])
+def test_a_learned_score_is_the_same_to_the_last_bit_in_plain_numbers(labels, temperature, monkeypatch):
+    weights = np.random.default_rng(8).normal(size=(7, len(FEATURES) + 1))
+    policy = ExitPolicy(criterion="learned", rule=tuple(map(tuple, weights.tolist())), temperature=temperature)
+    logits = random_logits(400, exits=8, labels=labels)
+    logits[:100] *= 40.0  # beyond log-odds of 20
+    logits[100:110] = 0.0  # ties
+    logits[110, 3, 0], logits[111, 1, 1], logits[112, 0, 0] = np.nan, np.inf, -np.inf
+    scored = []
+
+    def counted(*given):
+        scored.append(row_score(*given))
+        return scored[-1]
+
+    monkeypatch.setattr(criteria_badge, "row_score", counted)
+    for seen in range(1, 9):
+        together = exit_scores(logits[:, :seen], policy, SINGLE)
+        assert scored == []
+        alone = np.concatenate([exit_scores(row[None, :seen], policy, SINGLE) for row in logits])
+        np.testing.assert_array_equal(alone, together)
+        assert len(scored) == (400 if seen < 8 else 0)  # the rule has nothing to say of the last
+        scored.clear()
+    sharper = [row_score((1.01 * row[:3]).tolist(), [1.0] * 3, weights[2].tolist()) for row in logits[200:]]
+    other = exit_scores(logits[200:, :3], replace(policy, temperature=None), SINGLE)
+    assert (sharper != other).mean() > 0.9  # the control: the last bits would show it
+
+
+@pytest.mark.parametrize(
+    ("logits", "problem_type", "patience"),
+    [
+        (random_logits(1, exits=3, labels=8), SINGLE, 1),
+        (random_logits(1, exits=8), SINGLE, 1),
+        (random_logits(2, exits=3), SINGLE, 1),
+        (random_logits(1, exits=3), MULTI, 1),
+        (random_logits(1, exits=3), SINGLE, 2),
+    ],
+)
+def test_numpy_scores_what_plain_numbers_are_not_for(logits, problem_type, patience, monkeypatch):
+    monkeypatch.setattr(criteria_badge, "row_score", None)
+    policy = ExitPolicy(criterion="learned", rule=((0.1,) * (len(FEATURES) + 1),) * 9, patience=patience)
+    assert np.isfinite(exit_scores(logits, policy, problem_type)).all()
 
 
 def test_a_learned_score_is_zero_at_the_last_exit_and_of_several_labels_the_largest():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .exit_rule_badge import rule_features, rule_scores
+from .exit_rule_badge import MOST_ALONE, row_score, rule_features, rule_scores
 
 
 if TYPE_CHECKING:
@@ -277,6 +277,11 @@ def exit_scores(logits: Array, policy: "ExitPolicy", problem_type: str) -> Array
     in_a_row = 1 if policy.criterion == "patience" else policy.patience or 1
     if seen < in_a_row:
         return np.full(len(logits), np.inf)
+    if policy.criterion == "learned" and in_a_row == 1 and _is_one_small_row(logits, policy, problem_type):
+        temperature = (
+            policy.temperature if isinstance(policy.temperature, tuple) else [policy.temperature or 1.0] * seen
+        )
+        return np.array([row_score(np.asarray(logits)[0].tolist(), temperature, (policy.rule or ())[seen - 1])])
     if policy.parts:
         scores = [_combined(logits[:, :last], policy, problem_type) for last in range(seen - in_a_row + 1, seen + 1)]
     else:
@@ -289,6 +294,14 @@ def exit_scores(logits: Array, policy: "ExitPolicy", problem_type: str) -> Array
             for last in range(seen - in_a_row + 1, seen + 1)
         ]
     return np.asarray(scores[0] if in_a_row == 1 else np.max(scores, axis=0))
+
+
+def _is_one_small_row(logits: Array, policy: "ExitPolicy", problem_type: str) -> bool:
+    """Whether it is what `row_score` takes, at an exit that the rule is for."""
+    rows, exits, labels = np.shape(logits)
+    inner = exits <= len(policy.rule or ())
+    single = problem_type == "single_label_classification"
+    return rows == 1 and single and inner and exits <= MOST_ALONE and 2 <= labels <= MOST_ALONE
 
 
 def _combined(logits: Array, policy: "ExitPolicy", problem_type: str) -> Array:

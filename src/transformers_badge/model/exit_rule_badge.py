@@ -5,6 +5,8 @@ The weights are plain numbers in the exit policy; they are fitted by the package
 checkpoint does not need.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -63,6 +65,64 @@ def rule_scores(features: Array, weights: Array) -> Array:
     # Not a matrix product, whose last bits depend on the number of rows.
     logit = _within((features * weights[:-1]).sum(axis=-1) + weights[-1], -30, 30)
     return np.asarray(1 / (1 + np.exp(-logit)))
+
+
+MOST_ALONE = 7  # exits, and classes, that `row_score` takes: numpy adds more numbers than that in another order
+
+
+def row_score(logits: list[list[float]], temperatures: Sequence[float], weights: Sequence[float]) -> float:
+    """`rule_scores` of one row, to the last bit, from its logits [exit][class] at the exits so far; NaN if one is.
+
+    For rows that are scored one at a time: numpy takes twice as long for as many arrays of a few numbers. Only its exp
+    and log are used, since others round otherwise.
+
+    Args:
+        logits: of at most `MOST_ALONE` exits and classes; two classes at least.
+        temperatures: one for each exit, or more.
+        weights: as in `rule_scores`.
+    """
+    if not all(math.isfinite(value) for at_exit in logits for value in at_exit):
+        return math.nan
+    exits, classes = len(logits), len(logits[0])
+    scaled = [[value / by for value in at_exit] for at_exit, by in zip(logits, temperatures, strict=False)]
+    powers = np.exp([value - max(at_exit) for at_exit in scaled for value in at_exit]).tolist()
+    probabilities = []
+    for start in range(0, exits * classes, classes):
+        at_exit = powers[start : start + classes]
+        total = _total(at_exit)
+        probabilities.append([power / total for power in at_exit])
+    predicted = [at_exit.index(max(at_exit)) for at_exit in probabilities]
+    answer = predicted[-1]
+    own = [min(max(at_exit[answer], _LEAST), 1 - _LEAST) for at_exit in probabilities]
+    asked = [p / (1 - p) for p in own]  # of all logarithms at once
+    if classes > 2:
+        others = [max(at_exit[:answer] + at_exit[answer + 1 :]) for at_exit in probabilities]
+        asked += [p / min(max(other, _LEAST), 1 - _LEAST) for p, other in zip(own, others, strict=True)]
+    leads, parts = len(asked) - exits, []
+    if exits > 1:
+        before, now = probabilities[-2:]
+        parts = [*before, *now, *[(b + n) / 2 for b, n in zip(before, now, strict=True)]]
+    logs = np.log([*asked, *[max(p, _TINY) for p in parts]]).tolist()
+    odds, lead = logs[:exits], logs[leads : leads + exits]
+    features = [odds[-1], math.sqrt(max(lead[-1], 0.0)), 0.0, 0.0, 0.0, 0.0]
+    if exits > 1:
+        terms = [p * log for p, log in zip(parts, logs[leads + exits :], strict=True)]
+        of_each = zip(terms[:classes], terms[classes : 2 * classes], terms[2 * classes :], strict=True)
+        features[2] = odds[-2]
+        features[3] = _total(lead[:-1]) / (exits - 1)
+        features[4] = predicted[:-1].count(answer) / (exits - 1)
+        features[5] = _total([(b + n) / 2 - mixed for b, n, mixed in of_each])
+    *factors, constant = weights
+    logit = _total([feature * factor for feature, factor in zip(features, factors, strict=True)]) + constant
+    return 1 / (1 + float(np.exp(-min(max(logit, -30.0), 30.0))))
+
+
+def _total(values: list[float]) -> float:
+    """From left to right, as numpy adds a few numbers; Python's own sum rounds otherwise since 3.12."""
+    total = 0.0
+    for value in values:
+        total += value
+    return total
 
 
 # Sums and these two instead of mean and clip, and above a product instead of take_along_axis: they do the same in a
