@@ -203,8 +203,8 @@ def predict_with_policy(
         batch, leaves = run_to_exit(stages, batch, policy, thresholds, problem_type)
         seen, nobody, everybody = batch.exit_logits.shape[1], not leaves.any(), leaves.all()
         if not nobody:
-            leaving = batch.rows if everybody else batch.rows[leaves]
-            exit_logits[leaving, :seen] = batch.exit_logits if everybody else batch.exit_logits[leaves]
+            leaving = batch.rows[leaves]
+            exit_logits[leaving, :seen] = batch.exit_logits[leaves]
             exit_taken[leaving] = seen - 1
         if everybody:
             return []
