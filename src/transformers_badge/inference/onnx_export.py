@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from transformers.utils.versions import require_version
 
 from transformers_badge.inference.named_stages import LexicalWeights
-from transformers_badge.inference.onnx_stages import GRAPH, LEXICAL, RENEWED, OnnxStages, import_onnxruntime
+from transformers_badge.inference.onnx_stages import (
+    LEXICAL,
+    RENEWED,
+    OnnxStages,
+    export_files,
+    graph_file,
+    import_onnxruntime,
+)
 from transformers_badge.inference.predictor import FORMAT, MANIFEST, digest_file
 from transformers_badge.inference.stage_modules import make_stages, unused_sizes
 from transformers_badge.model.loss_badge import infer_problem_type
@@ -26,6 +33,7 @@ from transformers_badge.model.loss_badge import infer_problem_type
 
 PRECISIONS = ("fp32", "int8")
 EXPORT_TOOLS = {"torch": "2.8", "onnx": "1.19", "onnxscript": "0.7"}  # older ones fail at some stage of these models
+LARGEST = 2**31 - 1  # bytes of a graph in one file
 _TOLERANCE = 1e-4  # between logits of the graphs and of the model, in fp32
 
 
@@ -78,9 +86,6 @@ def export_onnx(
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}.")
     check_export_tools()
-    import onnx
-
-    from transformers_badge.inference.onnx_join import join_stages
     from transformers_badge.inference.rowwise_int8 import quantize_rowwise
 
     folder = Path(folder)
@@ -98,12 +103,11 @@ def export_onnx(
     try:
         if lexical is not None:
             save_file({"weight": lexical.weight, "bias": lexical.bias}, unfinished / LEXICAL)
-        stages = _trace_stages(ours)
-        onnx.save(join_stages(stages), unfinished / GRAPH)
+        graphs = _trace_stages(ours)
+        _save_graphs(graphs, unfinished)
         _compare(ours, unfinished, hashing)
         if precision == "int8":
-            stages = {name: quantize_rowwise(stage) for name, stage in stages.items()}
-            onnx.save(join_stages(stages), unfinished / GRAPH)
+            _save_graphs({stage: quantize_rowwise(graph) for stage, graph in graphs.items()}, unfinished)
         tokenizer.save_pretrained(unfinished)
         for path in also:
             shutil.copy(path, unfinished)
@@ -113,7 +117,7 @@ def export_onnx(
         # Without the code of a checkpoint, which an export does not have.
         stored = {key: v for key, v in config.to_diff_dict().items() if key not in ("auto_map", "custom_pipelines")}
         (unfinished / "config.json").write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n")
-        files = {n: digest_file(unfinished / n) for n in (GRAPH, LEXICAL) if (unfinished / n).is_file()}
+        files = {name: digest_file(unfinished / name) for name in export_files(ours.exit_layers, lexical is not None)}
         manifest = {
             "format": FORMAT,
             "precision": precision,
@@ -183,6 +187,24 @@ def _trace(stage: nn.Module, inputs: dict[str, Tensor], open_axes: dict[int, str
         )
     assert program is not None
     return program.model_proto, outputs
+
+
+def _save_graphs(graphs: dict[str, Any], folder: Path) -> None:
+    """Write the graph of every stage, by name.
+
+    Raises:
+        ValueError: the weights of a stage do not fit into one file.
+    """
+    import onnx
+
+    for stage, graph in graphs.items():
+        size = graph.ByteSize()
+        if size > LARGEST:
+            raise ValueError(
+                f"The weights up to {stage} take {size} bytes, and a graph may have {LARGEST}: export a model with "
+                "more exits, or a smaller one."
+            )
+        onnx.save(graph, folder / graph_file(stage))
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """The stages of a model in ONNX Runtime.
 
-Needs neither torch nor transformers. `onnx_export` makes the graph, which has all stages in it; see `onnx_join`.
+Needs neither torch nor transformers. `onnx_export` makes the graphs, one of each stage.
 """
 
 import os
@@ -24,10 +24,7 @@ from transformers_badge.model.rows_badge import join_rows
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-GRAPH = "stages.onnx"
 LEXICAL = "lexical.safetensors"  # the weights of exit 0
-STAGE = "stage"  # the input that says which of the stages runs
-SEPARATOR = "/"  # between a stage and its output
 RENEWED = "next_"  # before the name of an output that takes the place of an input
 POSITIONS_PER_RUN = 32  # as in `stages_badge`; here a run costs less
 # Fusions whose operators take longer on a CPU than those that they stand for: fp32 blocks by 6 to 10 %.
@@ -66,33 +63,27 @@ class OnnxStages(NamedStages):
                 f"ONNX Runtime has no provider {provider!r} here: choose one of {runtime.get_available_providers()}, "
                 "or install the onnxruntime package that has it."
             )
-        options = runtime.SessionOptions()
-        options.log_severity_level = 3  # it warns of branches that return nothing
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        try:
-            self._session = runtime.InferenceSession(
-                folder / GRAPH, options, providers=[provider], disabled_optimizers=_SLOWER
-            )
-        except Exception as error:  # its errors have no common class but this
-            raise ValueError(f"ONNX Runtime cannot read {folder / GRAPH}: {error}. Export the model again.") from error
+        options = _session_options(runtime, threads)
+        self._sessions = {}
+        for stage in stage_names(exit_layers):
+            path = folder / graph_file(stage)
+            try:
+                self._sessions[stage] = runtime.InferenceSession(
+                    path, options, providers=[provider], disabled_optimizers=_SLOWER
+                )
+            except Exception as error:  # its errors have no common class but this
+                raise ValueError(f"ONNX Runtime cannot read {path}: {error}. Export the model again.") from error
         lexical = None if hashing is None else LexicalWeights(dict(hashing), *_lexical_weights(folder / LEXICAL))
         on_processor = provider == "CPUExecutionProvider"
         run_cost = POSITIONS_PER_RUN * (threads or os.cpu_count() or 1) if on_processor else float("inf")
         super().__init__(exit_layers, padding_id, lexical, run_cost)
-        self._places = {name: np.array(place) for place, name in enumerate(stage_names(exit_layers))}
-        # The outputs of each stage, by their names in the state.
-        self._outputs: dict[str, dict[str, str]] = {name: {} for name in self._places}
-        for value in self._session.get_outputs():
-            stage, name = value.name.split(SEPARATOR)
-            self._outputs[stage][name.removeprefix(RENEWED)] = value.name
-        # What a stage does not read has to be given all the same.
-        types = {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_}
-        self._unread: NamedState = {
-            value.name: np.zeros(
-                [size if isinstance(size, int) else 0 for size in value.shape], types.get(value.type, np.float32)
-            )
-            for value in self._session.get_inputs()
+        # Of each stage, by session: asking it takes longer than some of its operators.
+        self._inputs = {
+            name: [value.name for value in session.get_inputs()] for name, session in self._sessions.items()
+        }
+        self._outputs = {
+            name: {value.name.removeprefix(RENEWED): value.name for value in session.get_outputs()}
+            for name, session in self._sessions.items()
         }
 
     def from_host(self, array: Array) -> Array:
@@ -113,11 +104,37 @@ class OnnxStages(NamedStages):
 
     def run(self, stage: str, state: NamedState) -> NamedState:
         """The state with what the stage made in it."""
-        feeds = {name: state.get(name, unread) for name, unread in self._unread.items()}
-        feeds[STAGE] = self._places[stage]
         outputs = self._outputs[stage]
-        made = self._session.run([*outputs.values()], feeds)
+        feeds = {name: state[name] for name in self._inputs[stage]}
+        made = self._sessions[stage].run([*outputs.values()], feeds)
         return {**state, **dict(zip(outputs, made, strict=True))}
+
+
+def graph_file(stage: str) -> str:
+    """The file, in an export, of a stage's graph."""
+    return f"{stage}.onnx"
+
+
+def export_files(exit_layers: Sequence[int], lexical: bool) -> list[str]:
+    """The files of an export that decide what it answers; `lexical`: it has an exit 0."""
+    return [*map(graph_file, stage_names(exit_layers)), *([LEXICAL] if lexical else [])]
+
+
+def _session_options(runtime: Any, threads: int | None) -> Any:
+    """Options with which the sessions of several stages do not stand in each other's way."""
+    options = runtime.SessionOptions()
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    # Threads that spin after their own session's run would keep those of the next session from working: with two
+    # threads a single row took two and a half times as long.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    # Each session would keep memory for the largest batch that it has seen: they share what one of them needs.
+    memory = runtime.OrtMemoryInfo("Cpu", runtime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, runtime.OrtMemType.DEFAULT)
+    runtime.create_and_register_allocator(
+        memory, None
+    )  # of the process; sessions that do not ask for it have their own
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    return options
 
 
 def _lexical_weights(path: Path) -> tuple[Array, Array]:

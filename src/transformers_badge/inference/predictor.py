@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from transformers_badge.inference.named_stages import NamedStages
-from transformers_badge.inference.onnx_stages import GRAPH, LEXICAL, OnnxStages
+from transformers_badge.inference.onnx_stages import OnnxStages, export_files
 from transformers_badge.inference.predict import predict_texts
 from transformers_badge.model.early_exit_badge import predict_with_policy
 from transformers_badge.model.policy_badge import ExitPolicy
@@ -23,7 +23,7 @@ from transformers_badge.model.stream_badge import READ_AHEAD, StreamedRow, strea
 Array = np.ndarray[Any, np.dtype[Any]]
 
 MANIFEST = "onnxruntime.json"
-FORMAT = 4
+FORMAT = 5
 ENGINES = ("onnxruntime", "compiled")
 
 
@@ -325,7 +325,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             "again, or use that version."
         )
     try:
-        needed = [GRAPH] if manifest["lexical"] is None else [GRAPH, LEXICAL]
+        needed = export_files(manifest["exit_layers"], manifest["lexical"] is not None)
         files = {name: str(manifest["files"][name]) for name in needed}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / MANIFEST} is damaged: export the model again.") from error
