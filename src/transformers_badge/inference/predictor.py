@@ -129,7 +129,8 @@ class BadgePredictor:
             manifest["exit_layers"],
             manifest["padding_id"],
             hashing=manifest["lexical"],
-            threads=1 if threads is None and workers > 1 else threads,
+            threads=threads,
+            workers=workers,
             **given,
         )
         # Given any config, it does not ask for that of the model, whose class needs torch.
