@@ -5,6 +5,7 @@ Needs neither torch nor transformers. `onnx_export` makes the graphs, one of eac
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -135,12 +136,16 @@ def _session_options(runtime: Any, threads: int | None) -> Any:
     # threads a single row took two and a half times as long.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     # Each session would keep memory for the largest batch that it has seen: they share what one of them needs.
-    memory = runtime.OrtMemoryInfo("Cpu", runtime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, runtime.OrtMemType.DEFAULT)
-    runtime.create_and_register_allocator(
-        memory, None
-    )  # of the process; sessions that do not ask for it have their own
+    _make_shared_memory(runtime)
     options.add_session_config_entry("session.use_env_allocators", "1")
     return options
+
+
+@cache
+def _make_shared_memory(runtime: Any) -> None:
+    """Memory of this process for sessions that ask for it; others keep their own."""
+    memory = runtime.OrtMemoryInfo("Cpu", runtime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, runtime.OrtMemType.DEFAULT)
+    runtime.create_and_register_allocator(memory, None)
 
 
 def _lexical_weights(path: Path) -> tuple[Array, Array]:
