@@ -5,6 +5,7 @@ Needs neither torch nor transformers. `onnx_export` makes the graphs, one of eac
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -145,7 +146,8 @@ def _session_options(runtime: Any, threads: int | None) -> Any:
 def _make_shared_memory(runtime: Any) -> None:
     """Memory of this process for sessions that ask for it; others keep their own."""
     memory = runtime.OrtMemoryInfo("Cpu", runtime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, runtime.OrtMemType.DEFAULT)
-    runtime.create_and_register_allocator(memory, None)
+    with suppress(RuntimeError):  # older versions refuse where somebody else has made it
+        runtime.create_and_register_allocator(memory, None)
 
 
 def _lexical_weights(path: Path) -> tuple[Array, Array]:
