@@ -85,7 +85,8 @@ def row_score(logits: list[list[float]], temperatures: Sequence[float], weights:
         return math.nan
     exits, classes = len(logits), len(logits[0])
     scaled = [[value / by for value in at_exit] for at_exit, by in zip(logits, temperatures, strict=False)]
-    powers = np.exp([value - max(at_exit) for at_exit in scaled for value in at_exit]).tolist()
+    tops = map(max, scaled)
+    powers = np.exp([v - top for at_exit, top in zip(scaled, tops, strict=True) for v in at_exit]).tolist()
     probabilities = []
     for start in range(0, exits * classes, classes):
         at_exit = powers[start : start + classes]
