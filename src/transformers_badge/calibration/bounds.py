@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from scipy.stats import beta, binom
+import scipy  # which loads scipy.stats when it is used: that takes longer than all else that a predictor imports
 
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -19,7 +19,7 @@ _CUT = 1e-10  # probability of the counts of gained rows that are left out on ei
 
 def binomial_p_value(events: int, rows: int, max_rate: float) -> float:
     """P(at most so many events among the rows), if the rate were `max_rate`: exact for independent rows."""
-    return float(binom.cdf(events, rows, max_rate))
+    return float(scipy.stats.binom.cdf(events, rows, max_rate))
 
 
 def binomial_bounds(events: int, rows: int, confidence: float) -> tuple[float, float]:
@@ -27,8 +27,8 @@ def binomial_bounds(events: int, rows: int, confidence: float) -> tuple[float, f
 
     Source: Clopper and Pearson, Biometrika 26, 1934.
     """
-    lower = 0.0 if events == 0 else float(beta.ppf(1 - confidence, events, rows - events + 1))
-    upper = 1.0 if events == rows else float(beta.ppf(confidence, events + 1, rows - events))
+    lower = 0.0 if events == 0 else float(scipy.stats.beta.ppf(1 - confidence, events, rows - events + 1))
+    upper = 1.0 if events == rows else float(scipy.stats.beta.ppf(confidence, events + 1, rows - events))
     return lower, upper
 
 
@@ -65,13 +65,14 @@ def paired_p_value(lost: int, gained: int, rows: int, max_increase: float, level
         return min(1.0, spent)
     rate_lost = rate_lost[possible]
     rate_gained = np.minimum(edges[1:][possible], 1 - rate_lost)
-    first, last = int(binom.ppf(_CUT, rows, rate_gained.min())), int(binom.isf(_CUT, rows, rate_gained.max()))
+    first = int(scipy.stats.binom.ppf(_CUT, rows, rate_gained.min()))
+    last = int(scipy.stats.binom.isf(_CUT, rows, rate_gained.max()))
     gains = np.arange(first, last + 1)
     losses = np.maximum.accumulate(_most_lost(gains, rows, max_increase, seen))
     # P(as extreme) = sum over gains g of P(g) * P(lost <= losses[g] | g)
-    weight = binom.pmf(gains, rows, rate_gained[:, None])
+    weight = scipy.stats.binom.pmf(gains, rows, rate_gained[:, None])
     share = np.minimum(1.0, rate_lost / np.maximum(1 - rate_gained, 1e-300))
-    at_most = binom.cdf(losses, rows - gains, share[:, None])
+    at_most = scipy.stats.binom.cdf(losses, rows - gains, share[:, None])
     return float(min(1.0, (weight * at_most).sum(axis=1).max() + 2 * _CUT + spent))
 
 
