@@ -1,4 +1,6 @@
-"""The figures in docs/engines.md, from the records of `engines.py`, `pruned.py` and `regroup.py` in benchmarks/."""
+"""The figures in docs/engines.md, and the page of all of them, from the records of `engines.py`, `pruned.py` and
+`regroup.py` in benchmarks/.
+"""
 
 import re
 from collections.abc import Callable
@@ -6,61 +8,88 @@ from pathlib import Path
 from typing import Any
 
 from lexical_docs import span
+from transformers_badge.evaluation.benchmark import PIPELINE
 from transformers_badge.evaluation.benchmark_report import (
     ENGINE_NAMES,
-    engine_names,
-    ratios,
+    render_answers,
     render_benchmark,
     render_memory,
+    render_ratios,
     title_of,
 )
 from transformers_badge.evaluation.plots import plot_engines
 from transformers_badge.evaluation.timing import with_spread
 
 
+MAIN = (PIPELINE, "full", "full side by side", "nobody leaves", "ideal")  # the comparisons that docs/engines.md shows
+
+
 def write_engines(
     root: Path,
-    record: dict[str, Any],
-    regroup: dict[str, Any],
-    amx: dict[str, Any],
-    one_thread: dict[str, Any],
-    gpu: dict[str, Any],
-    regroup_gpu: dict[str, Any],
-    pruned: dict[str, Any],
+    records: dict[str, dict[str, Any]],
     machine: Callable[[dict[str, Any]], str],
 ) -> None:
-    """Put the figures between the page's markers, and draw the picture."""
-    for drawn, picture in ((record, "engines.png"), (amx, "engines_amx.png")):
-        plot_engines(drawn, ENGINE_NAMES, root / "docs" / "images" / picture)
-    lost = [entry["full_depth"] - entry["early_exit"] for entry in record["engines"].values()]
-    figures = "\n\n".join(
-        [
-            "The checkpoint of `make demo DEMO_ARGS=--full` (MiniLM, 6 blocks, exit 0, movie reviews) and its test rows in the order of arrival, padded to the longest of each batch. The threshold is, for each "
-            f"engine, the fastest that is expected to lose at most {record['max_lost']:g} points of accuracy, as 2,000 other rows have it; on these {record['rows']:,} it loses {span(lost)}. `python benchmarks/engines.py demo-output/checkpoint --calibration-rows 2000` on {machine(record)}, ONNX Runtime "
-            f"{record['machine']['onnxruntime']}; "
-            + ", ".join(
-                f"{entry['rows']} rows" + f" at batch size {size}" for size, entry in record["batch_sizes"].items()
-            )
-            + " are timed.",
-            "![milliseconds per row, by engine and batch size](images/engines.png)",
-            render_benchmark(record),
-            _at_the_same_time(record),
-        ]
-    )
+    """Put the figures between the page's markers, draw the picture, and write the page of all figures.
+
+    Args:
+        root: of the repository.
+        records: by name, engines, engines_one_thread, engines_amd, engines_gpu, regroup, regroup_gpu and pruned.
+        machine: tells what a record was measured on.
+    """
+    plot_engines(records["engines"], ENGINE_NAMES, root / "docs" / "images" / "engines.png")
+    engines = {
+        "figures": _figures(records["engines"], machine),
+        "one thread": _elsewhere(records["engines_one_thread"], machine),
+        "amd": _elsewhere(records["engines_amd"], machine),
+        "gpu": _gpu(records["engines_gpu"], records["regroup_gpu"], machine),
+    }
     path = root / "docs" / "engines.md"
     page = path.read_text()
     parts = {
-        "figures": figures,
-        "one thread": _one_thread(one_thread, machine),
-        "amx": _amx(amx, machine),
-        "gpu": _gpu(gpu, regroup_gpu, machine),
-        "pruning": _pruning(pruned, machine),
-        "regrouping": _regrouping(regroup, machine),
+        **engines,
+        "pruning": _pruning(records["pruned"], machine),
+        "regrouping": _regrouping(records["regroup"], machine),
     }
     for name, text in parts.items():
         block = f"<!-- {name}: make docs -->\n{text}\n<!-- end of {name} -->"
         page = re.sub(rf"<!-- {name}: make docs -->.*<!-- end of {name} -->", lambda _, b=block: b, page, flags=re.S)  # type: ignore[misc]
     path.write_text(page)
+    _write_all(root / "docs" / "engine-figures.md", records, machine)
+
+
+def _write_all(path: Path, records: dict[str, dict[str, Any]], machine: Callable[[dict[str, Any]], str]) -> None:
+    """The page of all figures."""
+    titles = {
+        "engines": "Two cores",
+        "engines_one_thread": "One thread",
+        "engines_amd": "Another processor, an earlier version",
+        "engines_gpu": "A GPU, an earlier version",
+    }
+    parts = [
+        "# Engines: all figures",
+        "Made by `make docs` from the records in [records/](records/), of which `transformers-badge benchmark` makes such a page for your model and rows. [Engines](engines.md) says what was run, and what to read from it.",
+    ]
+    for name, title in titles.items():
+        parts += [f"## {title}", f"records/{name}.json, on {machine(records[name])}.", render_benchmark(records[name])]
+    path.write_text("\n\n".join(parts) + "\n")
+
+
+def _figures(record: dict[str, Any], machine: Callable[[dict[str, Any]], str]) -> str:
+    """What every engine is worth."""
+    lost = [entry["full_depth"] - entry["early_exit"] for entry in record["engines"].values()]
+    sizes = [f"{entry['rows']} rows at batch size {size}" for size, entry in record["batch_sizes"].items()]
+    return "\n\n".join(
+        [
+            "The checkpoint of `make demo DEMO_ARGS=--full` (MiniLM, 6 blocks, exit 0, movie reviews) and its test rows in the order of arrival, padded to the longest of each batch. The threshold is, for each "
+            f"engine, the fastest that is expected to lose at most {record['max_lost']:g} points of accuracy, as 2,000 other rows have it; on these {record['rows']:,} it loses {span(lost)}. {_command(record)}, on {machine(record)}, ONNX Runtime "
+            f"{record['machine']['onnxruntime']}; {', '.join(sizes)} are timed, in {record['rounds']} rounds in turns: medians, with the least and the greatest.",
+            "![milliseconds per row, by engine and batch size](images/engines.png)",
+            render_answers(record),
+            *render_ratios(record, MAIN),
+            _at_the_same_time(record),
+            *render_memory(record),
+        ]
+    )
 
 
 def _at_the_same_time(record: dict[str, Any]) -> str:
@@ -82,35 +111,18 @@ def _at_the_same_time(record: dict[str, Any]) -> str:
     )
 
 
-def _engines(record: dict[str, Any]) -> str:
-    """The options that choose a record's engines."""
-    return "".join(f" --engine {engine}" for engine in record["engines"])
+def _command(record: dict[str, Any]) -> str:
+    """What made a record on a processor."""
+    threads = " --threads 1" if record["machine"]["threads"] == 1 else ""
+    sizes = [f" --batch-size {size}" for size in record["batch_sizes"]] if len(record["batch_sizes"]) == 1 else []
+    engines = [f" --engine {engine}" for engine in record["engines"]]
+    return f"`python benchmarks/engines.py demo-output/checkpoint --calibration-rows 2000{threads}{''.join(sizes + engines)}`"
 
 
-def _one_thread(record: dict[str, Any], machine: Callable[[dict[str, Any]], str]) -> str:
-    """What early exit is worth where every process has one core."""
-    return (
-        f"`python benchmarks/engines.py demo-output/checkpoint --calibration-rows 2000 --threads 1 --batch-size 1{_engines(record)}`, on {machine(record)}, ONNX Runtime {record['machine']['onnxruntime']}; thresholds and what they lose as above.\n\n"
-        + _times_and_ratios(record)
-    )
-
-
-def _amx(record: dict[str, Any], machine: Callable[[dict[str, Any]], str]) -> str:
-    """What engines are worth on a processor whose instructions multiply matrices in int8 and bf16."""
-    kept = [
-        f"{ENGINE_NAMES[engine]} {entry['full_depth']:.2f} % at full depth, {entry['early_exit']:.2f} % with early exit at {entry['layer_speedup']:.2f}x in layers"
-        for engine, entry in record["engines"].items()
-        if engine in ("fp32", "int8", "bf16")  # the other engines in fp32 answer as the first
-    ]
-    return "\n\n".join(
-        [
-            f"`python benchmarks/engines.py demo-output/checkpoint --calibration-rows 2000{_engines(record)}`, on {machine(record)}, ONNX Runtime {record['machine']['onnxruntime']}: {'; '.join(kept)}.",
-            "![milliseconds per row, by engine and batch size, on a processor with AMX](images/engines_amx.png)",
-            _times_and_ratios(record),
-            _at_the_same_time(record),
-            *render_memory(record),
-        ]
-    )
+def _elsewhere(record: dict[str, Any], machine: Callable[[dict[str, Any]], str]) -> str:
+    """What early exit is worth under other conditions."""
+    intro = f"{_command(record)}, on {machine(record)}, ONNX Runtime {record['machine']['onnxruntime']}; thresholds and what they lose as above."
+    return "\n\n".join([intro, *render_ratios(record, MAIN)])
 
 
 def _gpu(record: dict[str, Any], regroup: dict[str, Any], machine: Callable[[dict[str, Any]], str]) -> str:
@@ -123,23 +135,9 @@ def _gpu(record: dict[str, Any], regroup: dict[str, Any], machine: Callable[[dic
         "The checkpoint above in the shape of BERT-base, `python benchmarks/base_shape.py demo-output/checkpoint`: 12 blocks of width 768 and exits after every second of them, which answer as the 6 blocks of MiniLM do. "
         f"`python benchmarks/engines.py bench-output/base-shape --calibration-rows 2000 --max-lost {record['max_lost']:g} --device cuda`, with {' and '.join(f'--batch-size {size}' for size in sizes)}, on {machine(record)}, CUDA {record['machine']['cuda']}: "
         f"{full} % at full depth, {early} % with early exit, {span([entry['layer_speedup'] for entry in entries], 2)}x in layers; {record['rounds']} rounds in turns.\n\n"
-        + "\n\n".join([_times_and_ratios(record), *render_memory(record)])
+        + "\n\n".join([*render_ratios(record, MAIN), *render_memory(record)])
         + f"\n\nRegrouping, `python benchmarks/regroup.py --device cuda`, {regroup['rows']:,} rows in batches of {regroup['batch_size']} in PyTorch there: {seconds['regrouped']:.1f} seconds, against {seconds['shrinking']:.1f} without: {with_spread(speedup)}."
     )
-
-
-def _times_and_ratios(record: dict[str, Any]) -> str:
-    """A table with milliseconds per row, and all ratios."""
-    sizes, names = record["batch_sizes"], engine_names(record)
-    lines = ["| | " + " | ".join(f"batch {size}" for size in sizes) + " |", "| --- " * (len(sizes) + 1) + "|"]
-    ours = [f"{kind}, {engine}" for engine in record["engines"] for kind in ("full", "early exit", "stream")]
-    for name in ("pipeline", *ours):
-        cells = [f"{by_size['milliseconds_per_row'][name]:.2f}" for by_size in sizes.values()]
-        lines.append(f"| {title_of(name, names)}, ms per row | {' | '.join(cells)} |")
-    for name, title in ratios(record):
-        cells = [with_spread(by_size["ratios"][name]) for by_size in sizes.values()]
-        lines.append(f"| {title} | {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
 def _pruning(record: dict[str, Any], machine: Callable[[dict[str, Any]], str]) -> str:

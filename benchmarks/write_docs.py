@@ -14,9 +14,9 @@ Example: python benchmarks/write_docs.py (`make docs`). To renew the records fir
     python benchmarks/lexical.py --time demo-output/checkpoint -> lexical_time.json
     python benchmarks/fit_lexical.py                          -> lexical_fit.json
     python benchmarks/engines.py demo-output/checkpoint       -> engines/benchmark.json as engines.json
-        (of demo --full, with --calibration-rows 2000; with every --engine, bf16 too, on a processor with AMX
-        as engines_amx.json; with --threads 1 --batch-size 1 --engine eager --engine fp32 --engine int8
-        as engines_one_thread.json)
+        (of demo --full, with --calibration-rows 2000 and every --engine, bf16 too, on a processor with AMX;
+        with --threads 1 --batch-size 1 --engine eager --engine fp32 --engine int8 as engines_one_thread.json;
+        on a processor without AMX as engines_amd.json)
     python benchmarks/base_shape.py demo-output/checkpoint, and engines.py bench-output/base-shape
         --calibration-rows 2000 --max-lost 0.5 --device cuda --batch-size 1 --batch-size 32 --batch-size 256
         --rounds 3                                            -> engines/benchmark.json as engines_gpu.json
@@ -419,17 +419,8 @@ def main() -> None:
     criteria = load("criteria")
     write_criteria(ROOT, criteria, load("guarantee"), machine(criteria))
     write_exit_zero(ROOT, load("lexical"), load("lexical_time"), load("lexical_fit"), demo, machine)
-    write_engines(
-        ROOT,
-        load("engines"),
-        load("regroup"),
-        load("engines_amx"),
-        load("engines_one_thread"),
-        load("engines_gpu"),
-        load("regroup_gpu"),
-        load("pruned"),
-        machine,
-    )
+    runs = ("engines", "engines_one_thread", "engines_amd", "engines_gpu", "regroup", "regroup_gpu", "pruned")
+    write_engines(ROOT, {name: load(name) for name in runs}, machine)
     plot_tradeoff(demo, ROOT / "docs" / "images" / "tradeoff.png")
 
 

@@ -9,8 +9,9 @@ from tiny import exporting, tiny_model, tiny_tokenizer
 from transformers_badge import BadgeForSequenceClassification, ExitPolicy, ExitTable
 from transformers_badge.evaluation import benchmark
 from transformers_badge.evaluation.benchmark import choose_policy, ideal_milliseconds, measure_policy, profile
+from transformers_badge.evaluation.benchmark_report import engine_names, render_ratios
 from transformers_badge.evaluation.contenders import Contenders
-from transformers_badge.evaluation.timing import PairedTimings
+from transformers_badge.evaluation.timing import PairedTimings, with_spread
 
 
 @pytest.fixture
@@ -109,10 +110,33 @@ def test_a_round_is_set_against_itself_and_the_warm_up_counts_nowhere(monkeypatc
     runs = {name: lambda texts, size, each=each: next(each) for name, each in batches.items()}
     entry = benchmark._time(runs, ["w5"] * 4, 2, 2, {"eager": lambda: next(told)})
     for name in ("early exit, eager", "stream, eager"):
-        assert entry["ratios"][f"arrives, {name}"] == pytest.approx({"median": 1.0, "min": 0.8, "max": 1.2})
+        assert entry["ratios"][f"{name} over ideal, eager"] == pytest.approx({"median": 1.0, "min": 0.8, "max": 1.2})
     assert entry["milliseconds_per_row"]["ideal, eager"] == pytest.approx(4.0)
     assert entry["milliseconds_per_row"]["full, eager"] == pytest.approx(1000 * 0.015 / 4)
     assert entry["latency"]["early exit, eager"] == pytest.approx({"p50": 250, "p99": 397})
+
+
+@pytest.mark.parametrize("machine", [{}, {"gpu": "a GPU"}])
+def test_every_ratio_is_in_the_table_of_what_it_is_over(machine):
+    kinds = (*benchmark._KINDS, *benchmark._PARALLEL_KINDS)
+    names = [f"{kind}, {engine}" for kind in kinds for engine in ("int8", "bf16")]
+    pairs = [
+        (ours, base if base == benchmark.PIPELINE else f"{base}, {ours.rpartition(', ')[2]}")
+        for ours in names
+        for base in benchmark._COMPARED.get(ours.rpartition(", ")[0], ())
+    ]
+    ratios = {f"{ours} over {base}": {"median": 2.0 + at, "min": 1, "max": 99} for at, (ours, base) in enumerate(pairs)}
+    entry = {"ratios": ratios, "milliseconds_per_row": dict.fromkeys((benchmark.PIPELINE, *names), 1.0)}
+    record = {"machine": machine, "engines": {"int8": {}, "bf16": {}}, "batch_sizes": {"2": entry}}
+    captions, tables = (render_ratios(record)[place::2] for place in (0, 1))
+    assert len(captions) == len(set(captions)) == len({base.partition(", ")[0] for _, base in pairs})
+    cells = [line.split(" | ")[-1].removesuffix(" |") for table in tables for line in table.splitlines()[2:]]
+    assert sorted(cells) == sorted(with_spread(ratio) for ratio in ratios.values())
+    over_full = tables[[caption.startswith("Times as fast as the full model on") for caption in captions].index(True)]
+    ours = f"**early exit**, {engine_names(record)['int8']}"
+    assert f"| {ours} | {with_spread(ratios['early exit, int8 over full, int8'])} |" in over_full
+    (only,) = render_ratios(record, ["nobody leaves"])[1:]
+    assert len(only.splitlines()) == 2 + 2
 
 
 @pytest.mark.parametrize("kind", ["full", "early exit"])

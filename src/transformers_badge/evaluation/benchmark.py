@@ -35,14 +35,14 @@ PIPELINE = "pipeline"
 _KINDS = ("full", "early exit", "truncated", "deeper", "nobody leaves", "stream")
 _PARALLEL_KINDS = ("full side by side", "parts side by side", "stream side by side")
 _WITHOUT_LATENCY = ("stream", "full side by side", "stream side by side")  # a batch of which takes no time of its own
-# What each is compared with on the same engine, besides the pipeline.
+# What each is compared with, on the same engine but for the pipeline.
 _COMPARED = {
-    "early exit": ("full", "truncated", "deeper"),
-    "parts side by side": ("full", "early exit"),
-    "stream": ("full", "early exit"),
-    "stream side by side": ("full", "full side by side", "stream"),
+    "full": (PIPELINE, "nobody leaves"),
+    "early exit": (PIPELINE, "full", "truncated", "deeper", "ideal"),
+    "parts side by side": (PIPELINE, "full", "early exit", "ideal"),
+    "stream": (PIPELINE, "full", "early exit", "ideal"),
+    "stream side by side": (PIPELINE, "full", "full side by side", "stream"),
 }
-_HAVE_AN_IDEAL = ("early exit", "parts side by side", "stream")  # which is of batches one after the other
 MEMORY_KINDS = ("full", "early exit", "stream", *_PARALLEL_KINDS)
 MEMORY_BATCH = 32
 BATCHES = 8  # that are timed at least
@@ -212,16 +212,11 @@ def _time(
     for engine, milliseconds in least.items():  # not the seconds of the run that told it
         timings.seconds[f"ideal, {engine}"] = [each * len(texts) / 1000 for each in milliseconds[-rounds:]]
     ratios, per_row = {}, {name: 1000 * timings.median(name) / len(texts) for name in timings.seconds}
-    for engine in ideal:
-        for kind, bases in _COMPARED.items():
-            ours = f"{kind}, {engine}"
-            if ours not in runs:
-                continue
-            for base in (PIPELINE, *(f"{base}, {engine}" for base in bases)):
-                ratios[f"{ours} over {base}"] = timings.speedup(ours, base)
-            if kind in _HAVE_AN_IDEAL:
-                ratios[f"arrives, {ours}"] = timings.speedup(ours, f"ideal, {engine}")
-        ratios[f"cost of exits, {engine}"] = timings.speedup(f"full, {engine}", f"nobody leaves, {engine}")
+    for ours in runs:
+        kind, _, engine = ours.rpartition(", ")
+        for base in _COMPARED.get(kind, ()):
+            name = base if base == PIPELINE else f"{base}, {engine}"
+            ratios[f"{ours} over {name}"] = timings.speedup(ours, name)
     latency = {}
     for name, by_run in batches.items():
         if name.rsplit(", ", 1)[0] not in _WITHOUT_LATENCY:

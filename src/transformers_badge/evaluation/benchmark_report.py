@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,20 @@ _KINDS = {
     "full side by side": "full model, batches side by side",
     "nobody leaves": "every exit, nobody leaves",
 }
+# What contenders are compared with, and what the table says.
+_BASES = {
+    PIPELINE: "Times as fast as transformers' pipeline, which runs the full model in PyTorch",
+    "full": "Times as fast as the full model on the same engine",
+    "full side by side": "Times as fast as the full model on the same engine, its batches side by side",
+    "truncated": "Times as fast as stopping everybody at one exit, the first that takes as many blocks as early exit "
+    "does on average, or more",
+    "deeper": "Times as fast as stopping everybody at the exit after that",
+    "early exit": "Times as fast as early exit batch by batch, one part of a batch after the other",
+    "stream": "Times as fast as streamed, one batch after the other",
+    "ideal": "Times as fast as the ideal, where every row pays for the stages that it needs alone, at their cost per "
+    "row in whole batches as they arrive",
+    "nobody leaves": "Times as fast as the same engine with every exit, if nobody leaves",
+}
 
 
 def write_benchmark(record: dict[str, Any], folder: Path) -> list[str]:
@@ -53,66 +68,69 @@ def engine_names(record: dict[str, Any]) -> dict[str, str]:
 
 def render_benchmark(record: dict[str, Any]) -> str:
     """All tables, in Markdown."""
-    names = engine_names(record)
-    sizes, engines = list(record["batch_sizes"]), list(record["engines"])
-    by_size = record["batch_sizes"].values()
-    there = next(iter(by_size))  # the same at every batch size
-    named = [f"{kind}, {engine}" for kind in _KINDS for engine in engines]
-    contenders = [PIPELINE, *[name for name in named if name in there["milliseconds_per_row"]]]
+    names, by_size = engine_names(record), record["batch_sizes"]
+    latency = {
+        title_of(name, names): ["{p50:.1f} / {p99:.1f}".format(**entry["latency"][name]) for entry in by_size.values()]
+        for name in _contenders(record)
+        if name in next(iter(by_size.values()))["latency"]
+    }
     return "\n\n".join(
         [
-            _table(
-                [
-                    "engine",
-                    f"{record['measure']} at full depth",
-                    "with early exit",
-                    "layer speedup",
-                    "at one exit",
-                    "at the next",
-                ],
-                [
-                    [
-                        names[engine],
-                        f"{entry['full_depth']:.2f} %",
-                        f"{entry['early_exit']:.2f} %",
-                        f"{entry['layer_speedup']:.2f}x",
-                        f"{entry['truncated']:.2f} % (block {entry['truncated_depth']})",
-                        f"{entry['deeper']:.2f} % (block {entry['deeper_depth']})",
-                    ]
-                    for engine, entry in record["engines"].items()
-                ],
-            ),
-            "Milliseconds per row, from texts to logits:",
-            _by_size(
-                sizes,
-                {
-                    title_of(name, names): [f"{entry['milliseconds_per_row'][name]:.2f}" for entry in by_size]
-                    for name in contenders
-                },
-            ),
-            f"Ratios, medians of {record['rounds']} rounds in turns, with the least and the greatest. In the ideal "
-            "time every row pays for the stages that it needs alone, at their cost per row in whole batches as they "
-            "arrive:",
-            _by_size(
-                sizes,
-                {title: [with_spread(entry["ratios"][name]) for entry in by_size] for name, title in ratios(record)},
-            ),
+            render_answers(record),
+            f"Ratios are medians of {record['rounds']} rounds in turns, with the least and the greatest.",
+            *render_ratios(record),
+            render_times(record),
             "Milliseconds of a batch, median and 99th percentile:",
-            _by_size(
-                sizes,
-                {
-                    title_of(name, names): [
-                        "{p50:.1f} / {p99:.1f}".format(**entry["latency"][name]) for entry in by_size
-                    ]
-                    for name in contenders
-                    if name in there["latency"]
-                },
-            ),
+            _by_size(by_size, latency),
             "Where a row's time goes with early exit, milliseconds per row:",
-            *[_profile(names[engine], record["profile"][engine]) for engine in engines],
+            *[_profile(names[engine], record["profile"][engine]) for engine in record["engines"]],
             *render_memory(record),
         ]
     )
+
+
+def render_answers(record: dict[str, Any]) -> str:
+    """A table of how many answers are right, by engine, and of the blocks that are saved."""
+    return _table(
+        ["engine", f"{record['measure']} at full depth", "early exit", "layer speedup", "one exit", "the next"],
+        [
+            [
+                engine_names(record)[engine],
+                f"{entry['full_depth']:.2f} %",
+                f"{entry['early_exit']:.2f} %",
+                f"{entry['layer_speedup']:.2f}x",
+                f"{entry['truncated']:.2f} % (block {entry['truncated_depth']})",
+                f"{entry['deeper']:.2f} % (block {entry['deeper_depth']})",
+            ]
+            for engine, entry in record["engines"].items()
+        ],
+    )
+
+
+def render_ratios(record: dict[str, Any], bases: Iterable[str] = _BASES) -> list[str]:
+    """Captions and tables of how many times as fast contenders are, a table for each of what they are compared with."""
+    names, by_size, parts = engine_names(record), record["batch_sizes"], []
+    there = next(iter(by_size.values()))["ratios"]  # the same at every batch size
+    for base in bases:
+        rows = {}
+        for contender in _contenders(record)[1:]:
+            engine = contender.rsplit(", ", 1)[1]
+            ratio = f"{contender} over {base if base == PIPELINE else f'{base}, {engine}'}"
+            if ratio in there:
+                rows[title_of(contender, names)] = [with_spread(entry["ratios"][ratio]) for entry in by_size.values()]
+        if rows:
+            parts += [f"{_BASES[base]}:", _by_size(by_size, rows)]
+    return parts
+
+
+def render_times(record: dict[str, Any]) -> str:
+    """A caption and a table of milliseconds per row."""
+    names, by_size = engine_names(record), record["batch_sizes"]
+    rows = {
+        title_of(name, names): [f"{entry['milliseconds_per_row'][name]:.2f}" for entry in by_size.values()]
+        for name in _contenders(record)
+    }
+    return f"Milliseconds per row, from texts to logits:\n\n{_by_size(by_size, rows)}"
 
 
 def render_memory(record: dict[str, Any]) -> list[str]:
@@ -141,34 +159,11 @@ def title_of(contender: str, names: dict[str, str] = ENGINE_NAMES) -> str:
     return f"{_KINDS[kind]}, {names[engine]}"
 
 
-def ratios(record: dict[str, Any]) -> list[tuple[str, str]]:
-    """Names of ratios in a record, and what they are in words."""
-    found = []
-    for engine in record["engines"]:
-        name, ours = engine_names(record)[engine], f"early exit, {engine}"
-        parts, parallel = f"parts side by side, {engine}", f"stream side by side, {engine}"
-        found += [
-            (f"{ours} over {PIPELINE}", f"early exit {name} over transformers' pipeline"),
-            (f"{ours} over full, {engine}", f"early exit {name} over the full model there"),
-            (f"{ours} over truncated, {engine}", f"early exit {name} over stopping at one exit there"),
-            (f"{ours} over deeper, {engine}", f"early exit {name} over stopping at the next exit there"),
-            (f"{parts} over {PIPELINE}", f"parts side by side {name} over transformers' pipeline"),
-            (f"{parts} over full, {engine}", f"parts side by side {name} over the full model there"),
-            (f"{parts} over {ours}", f"parts side by side over one after the other, {name}"),
-            (f"stream, {engine} over {PIPELINE}", f"streamed {name} over transformers' pipeline"),
-            (f"stream, {engine} over full, {engine}", f"streamed {name} over the full model there"),
-            (f"stream, {engine} over {ours}", f"streamed over batch by batch, {name}"),
-            (f"{parallel} over {PIPELINE}", f"side by side {name} over transformers' pipeline"),
-            (f"{parallel} over full, {engine}", f"side by side {name} over the full model there"),
-            (f"{parallel} over full side by side, {engine}", f"side by side {name} over the full model side by side"),
-            (f"{parallel} over stream, {engine}", f"side by side over streamed by itself, {name}"),
-            (f"cost of exits, {engine}", f"time of nobody leaving over the full model, {name}"),
-            (f"arrives, {ours}", f"ideal time over time, {name}"),
-            (f"arrives, {parts}", f"ideal time over time, parts side by side, {name}"),
-            (f"arrives, stream, {engine}", f"ideal time over time, streamed, {name}"),
-        ]
-    there = next(iter(record["batch_sizes"].values()))["ratios"]
-    return [(name, title) for name, title in found if name in there]  # older records have fewer
+def _contenders(record: dict[str, Any]) -> list[str]:
+    """The names of contenders that were timed, in the order of tables."""
+    there = next(iter(record["batch_sizes"].values()))["milliseconds_per_row"]  # the same at every batch size
+    named = [f"{kind}, {engine}" for kind in _KINDS for engine in record["engines"]]
+    return [PIPELINE, *[name for name in named if name in there]]
 
 
 def _profile(name: str, by_size: dict[str, Any]) -> str:
@@ -177,10 +172,10 @@ def _profile(name: str, by_size: dict[str, Any]) -> str:
         for part in next(iter(by_size.values()))
         if max(entry[part] for entry in by_size.values()) > 0.002  # exported stages embed together with block 1
     }
-    return _by_size(list(by_size), rows, name)
+    return _by_size(by_size, rows, name)
 
 
-def _by_size(sizes: list[str], rows: dict[str, list[str]], title: str = "") -> str:
+def _by_size(sizes: Iterable[str], rows: dict[str, list[str]], title: str = "") -> str:
     return _table([title, *[f"batch {size}" for size in sizes]], [[name, *cells] for name, cells in rows.items()])
 
 
