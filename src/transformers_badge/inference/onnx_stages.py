@@ -134,8 +134,10 @@ def _session_options(runtime: Any, threads: int | None) -> Any:
     if threads is not None:
         options.intra_op_num_threads = threads
     # Threads that spin after their own session's run would keep those of the next session from working: with two
-    # threads a single row took two and a half times as long.
+    # threads a single row took two and a half times as long. Even so one run in a hundred waited for a core for 4 ms
+    # or more; half as many do where threads spin no longer than this (which older versions do not know).
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry("session.intra_op.spin_duration_us", "200")
     # Each session would keep memory for the largest batch that it has seen: they share what one of them needs.
     _make_shared_memory(runtime)
     options.add_session_config_entry("session.use_env_allocators", "1")
