@@ -34,7 +34,7 @@ from transformers_badge import (
     make_exit_table,
 )
 from transformers_badge.calibration.replay import replay, score_exits
-from transformers_badge.inference import onnx_export
+from transformers_badge.inference import onnx_export, predict
 from transformers_badge.inference.exit_logits import check_table_of_model
 from transformers_badge.inference.named_stages import exit_stage
 from transformers_badge.inference.onnx_export import _trace_stages
@@ -324,6 +324,26 @@ print(json.dumps([predictor(sys.argv[2:]), "torch" in sys.modules]))
     assert answers == fp32(texts)
 
 
+def test_many_texts_are_answered_a_chunk_at_a_time(fp32, monkeypatch):
+    texts = ["w5 w6 w7", "w8", "w9 w10", "w5", "w11 w12 w13 w14"]
+    pairs = [(text, "w6") for text in texts]
+    told, chunks = [], []
+
+    def tokenizer(*columns, **arguments):
+        chunks.append(len(columns[0]))
+        return fp32.tokenizer(*columns, **arguments)
+
+    tokenizer.model_max_length = fp32.tokenizer.model_max_length
+    scores = [[answer["score"] for answer in fp32(rows)] for rows in (texts, pairs)]
+    assert np.ptp(scores[0]) > 1e-3  # the order can be seen
+    monkeypatch.setattr(predict, "CHUNK", 2)
+    answers = predict.predict_texts(fp32, tokenizer, texts, on_batch=told.append)
+    assert [answer["score"] for answer in answers] == pytest.approx(scores[0], abs=1e-5)
+    assert [answer["score"] for answer in fp32(pairs)] == pytest.approx(scores[1], abs=1e-5)
+    assert chunks == [2, 2, 1]
+    assert sum(told) == len(texts)
+
+
 def test_texts_and_pairs_are_taken_and_nothing_else(fp32):
     assert fp32("w5 w6") == fp32(["w5 w6"])
     assert set(fp32("w5 w6")[0]) == {"label", "score", "exit_layer"}
@@ -332,6 +352,8 @@ def test_texts_and_pairs_are_taken_and_nothing_else(fp32):
     assert [row["exit_layer"] for row in fp32(["w5", "w6"], threshold=None)] == [4, 4]
     with pytest.raises(TypeError, match="Row 1 must be a text or a pair of texts, got int"):
         fp32(["w5", 3])
+    with pytest.raises(ValueError, match=r"Row 1 has 1 text\(s\), but those before it have 2: give one kind"):
+        fp32([("w5", "w6"), "w7"])
     with pytest.raises(TypeError, match="Row 0 must be a text or a pair of texts, got dict"):
         list(fp32.early_exit_stream([{"text": "w5"}], tokenizer=fp32.tokenizer))
 

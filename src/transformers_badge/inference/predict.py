@@ -6,6 +6,11 @@ from typing import Any
 import numpy as np
 from scipy.special import expit, softmax
 
+from transformers_badge.model.rows_badge import check_stream, checked_texts
+
+
+CHUNK = 2**16  # texts that are tokenized and sorted by length at a time: what bounds the memory for their tokens
+
 
 def predict_texts(
     model: Any,
@@ -31,13 +36,25 @@ def predict_texts(
         value itself.
 
     Raises:
-        ValueError: a batch size below 1, or a bad policy.
+        TypeError: one text, or something else than texts.
+        ValueError: texts and pairs in one, a batch size below 1, or a bad policy.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-    if len(texts) == 0:
-        return []
-    columns = [list(column) for column in zip(*texts, strict=True)] if not isinstance(texts[0], str) else [texts]
+    check_stream(texts, batch_size)
+    rows, answers = list(checked_texts(texts)), []
+    for start in range(0, len(rows), CHUNK):
+        answers += _predict_chunk(model, tokenizer, rows[start : start + CHUNK], batch_size, on_batch, overrides)
+    return answers
+
+
+def _predict_chunk(
+    model: Any,
+    tokenizer: Any,
+    texts: list[tuple[str, ...]],
+    batch_size: int,
+    on_batch: Callable[[int], None],
+    overrides: dict[str, Any],
+) -> list[dict[str, Any]]:
+    columns = [list(column) for column in zip(*texts, strict=True)]
     encoded = tokenizer(*columns, truncation=True, max_length=token_limit(model, tokenizer))
     order = sorted(range(len(texts)), key=lambda row: len(encoded["input_ids"][row]))
     # Sorted as a whole, rows are padded least; the stream by itself sorts only as far as it reads ahead.

@@ -202,11 +202,7 @@ class BadgePredictor:
         Raises:
             TypeError: something else than texts.
         """
-        rows: Any = [texts] if isinstance(texts, str) else list(texts)
-        for index, row in enumerate(rows):
-            parts = [row] if isinstance(row, str) else row
-            if not (isinstance(parts, (list, tuple)) and len(parts) <= 2 and all(isinstance(p, str) for p in parts)):
-                raise TypeError(f"Row {index} must be a text or a pair of texts, got {type(row).__name__}.")
+        rows: Any = [texts] if isinstance(texts, str) else texts
         return predict_texts(self, self.tokenizer, rows, batch_size, **overrides)
 
     def _policy(self, policy: Any, overrides: dict[str, Any]) -> ExitPolicy:

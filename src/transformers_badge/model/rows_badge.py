@@ -46,7 +46,7 @@ def read_tokens(
 
 def _tokenized(rows: Iterable[Any], tokenizer: Any, chunk_size: int, max_tokens: int) -> Iterator[dict[str, Any]]:
     """Tokens of texts, a chunk of them at a time; longer texts are cut."""
-    texts, error = _checked_texts(rows), None
+    texts, error = checked_texts(rows), None
     max_length = min(max_tokens, tokenizer.model_max_length)
     while error is None:
         chunk, error = take(texts, chunk_size)
@@ -60,8 +60,13 @@ def _tokenized(rows: Iterable[Any], tokenizer: Any, chunk_size: int, max_tokens:
     raise error
 
 
-def _checked_texts(rows: Iterable[Any]) -> Iterator[tuple[str, ...]]:
-    """Texts as tuples of one, pairs as tuples of two."""
+def checked_texts(rows: Iterable[Any]) -> Iterator[tuple[str, ...]]:
+    """Texts as tuples of one, pairs as tuples of two.
+
+    Raises:
+        TypeError: a row is neither.
+        ValueError: there are both.
+    """
     size = 0
     for index, row in enumerate(rows):
         texts = (row,) if isinstance(row, str) else tuple(row) if isinstance(row, (list, tuple)) else ()
