@@ -8,7 +8,13 @@ from transformers import AutoModelForSequenceClassification
 from tiny import exporting, tiny_model, tiny_tokenizer
 from transformers_badge import BadgeForSequenceClassification, ExitPolicy, ExitTable
 from transformers_badge.evaluation import benchmark
-from transformers_badge.evaluation.benchmark import choose_policy, ideal_milliseconds, measure_policy, profile
+from transformers_badge.evaluation.benchmark import (
+    choose_policy,
+    ideal_milliseconds,
+    measure_policy,
+    profile,
+    ratio_name,
+)
 from transformers_badge.evaluation.benchmark_report import engine_names, render_ratios
 from transformers_badge.evaluation.contenders import Contenders
 from transformers_badge.evaluation.timing import PairedTimings, with_spread
@@ -120,16 +126,12 @@ def test_a_round_is_set_against_itself_and_the_warm_up_counts_nowhere(monkeypatc
 def test_every_ratio_is_in_the_table_of_what_it_is_over(machine):
     kinds = (*benchmark._KINDS, *benchmark._PARALLEL_KINDS)
     names = [f"{kind}, {engine}" for kind in kinds for engine in ("int8", "bf16")]
-    pairs = [
-        (ours, base if base == benchmark.PIPELINE else f"{base}, {ours.rpartition(', ')[2]}")
-        for ours in names
-        for base in benchmark._COMPARED.get(ours.rpartition(", ")[0], ())
-    ]
-    ratios = {f"{ours} over {base}": {"median": 2.0 + at, "min": 1, "max": 99} for at, (ours, base) in enumerate(pairs)}
+    pairs = [(ours, base) for ours in names for base in benchmark._COMPARED.get(ours.rpartition(", ")[0], ())]
+    ratios = {ratio_name(*pair): {"median": 2.0 + at, "min": 1, "max": 99} for at, pair in enumerate(pairs)}
     entry = {"ratios": ratios, "milliseconds_per_row": dict.fromkeys((benchmark.PIPELINE, *names), 1.0)}
     record = {"machine": machine, "engines": {"int8": {}, "bf16": {}}, "batch_sizes": {"2": entry}}
     captions, tables = (render_ratios(record)[place::2] for place in (0, 1))
-    assert len(captions) == len(set(captions)) == len({base.partition(", ")[0] for _, base in pairs})
+    assert len(captions) == len(set(captions)) == len({base for _, base in pairs})
     cells = [line.split(" | ")[-1].removesuffix(" |") for table in tables for line in table.splitlines()[2:]]
     assert sorted(cells) == sorted(with_spread(ratio) for ratio in ratios.values())
     over_full = tables[[caption.startswith("Times as fast as the full model on") for caption in captions].index(True)]

@@ -213,10 +213,8 @@ def _time(
         timings.seconds[f"ideal, {engine}"] = [each * len(texts) / 1000 for each in milliseconds[-rounds:]]
     ratios, per_row = {}, {name: 1000 * timings.median(name) / len(texts) for name in timings.seconds}
     for ours in runs:
-        kind, _, engine = ours.rpartition(", ")
-        for base in _COMPARED.get(kind, ()):
-            name = base if base == PIPELINE else f"{base}, {engine}"
-            ratios[f"{ours} over {name}"] = timings.speedup(ours, name)
+        for base in _COMPARED.get(ours.rpartition(", ")[0], ()):
+            ratios[ratio_name(ours, base)] = timings.speedup(ours, opponent(ours, base))
     latency = {}
     for name, by_run in batches.items():
         if name.rsplit(", ", 1)[0] not in _WITHOUT_LATENCY:
@@ -228,6 +226,16 @@ def _time(
         "latency": latency,
         "ratios": ratios,
     }
+
+
+def opponent(contender: str, base: str) -> str:
+    """The contender of some kind that another is compared with: on the same engine, but for the pipeline."""
+    return base if base == PIPELINE else f"{base}, {contender.rpartition(', ')[2]}"
+
+
+def ratio_name(contender: str, base: str) -> str:
+    """The name in a record of how many times as fast a contender is."""
+    return f"{contender} over {opponent(contender, base)}"
 
 
 class ProfiledStages:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from transformers_badge.evaluation.benchmark import MEMORY_KINDS, PIPELINE
+from transformers_badge.evaluation.benchmark import MEMORY_KINDS, PIPELINE, ratio_name
 from transformers_badge.evaluation.plots import plot_engines
 from transformers_badge.evaluation.timing import with_spread
 
@@ -69,17 +69,19 @@ def engine_names(record: dict[str, Any]) -> dict[str, str]:
 def render_benchmark(record: dict[str, Any]) -> str:
     """All tables, in Markdown."""
     names, by_size = engine_names(record), record["batch_sizes"]
-    latency = {
-        title_of(name, names): ["{p50:.1f} / {p99:.1f}".format(**entry["latency"][name]) for entry in by_size.values()]
-        for name in _contenders(record)
-        if name in next(iter(by_size.values()))["latency"]
-    }
+    times, latency = {}, {}
+    for name in _contenders(record):
+        title, entries = title_of(name, names), by_size.values()
+        times[title] = [f"{entry['milliseconds_per_row'][name]:.2f}" for entry in entries]
+        if all(name in entry["latency"] for entry in entries):
+            latency[title] = ["{p50:.1f} / {p99:.1f}".format(**entry["latency"][name]) for entry in entries]
     return "\n\n".join(
         [
             render_answers(record),
             f"Ratios are medians of {record['rounds']} rounds in turns, with the least and the greatest.",
             *render_ratios(record),
-            render_times(record),
+            "Milliseconds per row, from texts to logits:",
+            _by_size(by_size, times),
             "Milliseconds of a batch, median and 99th percentile:",
             _by_size(by_size, latency),
             "Where a row's time goes with early exit, milliseconds per row:",
@@ -113,24 +115,13 @@ def render_ratios(record: dict[str, Any], bases: Iterable[str] = _BASES) -> list
     there = next(iter(by_size.values()))["ratios"]  # the same at every batch size
     for base in bases:
         rows = {}
-        for contender in _contenders(record)[1:]:
-            engine = contender.rsplit(", ", 1)[1]
-            ratio = f"{contender} over {base if base == PIPELINE else f'{base}, {engine}'}"
+        for contender in _contenders(record):
+            ratio = ratio_name(contender, base)
             if ratio in there:
                 rows[title_of(contender, names)] = [with_spread(entry["ratios"][ratio]) for entry in by_size.values()]
         if rows:
             parts += [f"{_BASES[base]}:", _by_size(by_size, rows)]
     return parts
-
-
-def render_times(record: dict[str, Any]) -> str:
-    """A caption and a table of milliseconds per row."""
-    names, by_size = engine_names(record), record["batch_sizes"]
-    rows = {
-        title_of(name, names): [f"{entry['milliseconds_per_row'][name]:.2f}" for entry in by_size.values()]
-        for name in _contenders(record)
-    }
-    return f"Milliseconds per row, from texts to logits:\n\n{_by_size(by_size, rows)}"
 
 
 def render_memory(record: dict[str, Any]) -> list[str]:
