@@ -344,8 +344,19 @@ def test_many_texts_are_answered_a_chunk_at_a_time(fp32, monkeypatch):
     assert sum(told) == len(texts)
 
 
+def test_a_text_by_itself_is_answered_as_in_a_list(fp32, exports):
+    texts = ["w5 w6 w7", "w8", "w9 w10", "w5 " * 200]
+    side_by_side = BadgePredictor.from_pretrained(exports, workers=2)
+    for policy in ({}, {"criterion": "max_probability", "threshold": 0.4}, {"threshold": None}):
+        alone = [fp32(text, **policy) for text in texts]
+        assert alone == [fp32([text], **policy) for text in texts]
+        assert [side_by_side(text, **policy)[0]["exit_layer"] for text in texts] == [
+            row["exit_layer"] for (row,) in alone
+        ]
+    assert {row["exit_layer"] for (row,) in alone} == {4}  # the threshold was heard
+
+
 def test_texts_and_pairs_are_taken_and_nothing_else(fp32):
-    assert fp32("w5 w6") == fp32(["w5 w6"])
     assert set(fp32("w5 w6")[0]) == {"label", "score", "exit_layer"}
     assert len(fp32([("w5", "w6"), ("w7", "w8")])) == 2
     assert fp32([]) == []

@@ -13,7 +13,7 @@ import numpy as np
 
 from transformers_badge.inference.named_stages import NamedStages
 from transformers_badge.inference.onnx_stages import OnnxStages, export_files
-from transformers_badge.inference.predict import predict_texts
+from transformers_badge.inference.predict import answer_rows, predict_texts, token_limit
 from transformers_badge.model.early_exit_badge import predict_with_policy
 from transformers_badge.model.policy_badge import ExitPolicy
 from transformers_badge.model.rows_badge import check_stream, check_values, read_tokens
@@ -202,8 +202,14 @@ class BadgePredictor:
         Raises:
             TypeError: something else than texts.
         """
-        rows: Any = [texts] if isinstance(texts, str) else texts
-        return predict_texts(self, self.tokenizer, rows, batch_size, **overrides)
+        if not isinstance(texts, str):
+            return predict_texts(self, self.tokenizer, texts, batch_size, **overrides)
+        # A stream of one row takes a tenth longer than that row, and with workers makes threads for it.
+        limit = token_limit(self, self.tokenizer)
+        encoded = self.tokenizer([texts], truncation=True, max_length=limit, return_tensors="np")
+        prediction = self.early_exit_predict(**encoded, **overrides)
+        (answer,) = answer_rows(prediction.logits, self.config)
+        return [{**answer, "exit_layer": int(prediction.exit_layer[0])}]
 
     def _policy(self, policy: Any, overrides: dict[str, Any]) -> ExitPolicy:
         """The policy of one call."""
