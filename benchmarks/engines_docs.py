@@ -64,7 +64,7 @@ def _write_all(path: Path, records: dict[str, dict[str, Any]], machine: Callable
     }
     parts = [
         "# Engines: all figures",
-        "Made by `make docs` from the records in [records/](records/), of which `transformers-badge benchmark` makes such a page for your model and rows. [Engines](engines.md) says what was run, and what to read from it.",
+        "Made by `make docs` from the records in [records/](records/); `transformers-badge benchmark` makes such tables of your model and rows. [Engines](engines.md) says what was run, and what to read from it.",
     ]
     for name, title in titles.items():
         parts += [f"## {title}", f"records/{name}.json, on {machine(records[name])}.", render_benchmark(records[name])]
