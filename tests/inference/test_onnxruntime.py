@@ -354,9 +354,17 @@ def test_a_text_by_itself_is_answered_as_in_a_list(fp32, exports):
             row["exit_layer"] for (row,) in alone
         ]
     assert {row["exit_layer"] for (row,) in alone} == {4}  # the threshold was heard
+    assert fp32("w8", policy={"criterion": "entropy"}) == fp32(["w8"], policy={"criterion": "entropy"})
+    for texts in ("w8", ["w8"]):
+        with pytest.raises(ValueError, match="batch_size must be a whole number, at least 1, got 0"):
+            fp32(texts, batch_size=0)
+        for unknown in ("output_exit_logits", "input_ids"):
+            with pytest.raises(ValueError, match=f"An exit policy does not know '{unknown}'"):
+                fp32(texts, **{unknown: True})
 
 
 def test_texts_and_pairs_are_taken_and_nothing_else(fp32):
+    assert fp32("w5 w6") == fp32(["w5 w6"])
     assert set(fp32("w5 w6")[0]) == {"label", "score", "exit_layer"}
     assert len(fp32([("w5", "w6"), ("w7", "w8")])) == 2
     assert fp32([]) == []

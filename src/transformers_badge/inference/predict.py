@@ -1,6 +1,6 @@
 """Answers for many texts: full batches of similar length, results in the order of the input."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,8 +63,7 @@ def _predict_chunk(
     for answer in model.early_exit_stream(rows, batch_size, in_order=False, **overrides):
         streamed[order[answer.index]] = answer
         on_batch(1)
-    answers = answer_rows([row.logits.tolist() for row in streamed], model.config)
-    return [{**answer, "exit_layer": row.exit_layer} for answer, row in zip(answers, streamed, strict=True)]
+    return answer_rows([row.logits.tolist() for row in streamed], [row.exit_layer for row in streamed], model.config)
 
 
 def token_limit(model: Any, tokenizer: Any, max_tokens: int | None = None) -> int:
@@ -73,8 +72,13 @@ def token_limit(model: Any, tokenizer: Any, max_tokens: int | None = None) -> in
     return int(min(limits if max_tokens is None else [*limits, max_tokens]))
 
 
-def answer_rows(logits: Any, config: Any) -> list[dict[str, Any]]:
-    """Labels and scores in words: logits (rows, labels) to one dict per row."""
+def answer_rows(logits: Any, exit_layers: Iterable[int], config: Any) -> list[dict[str, Any]]:
+    """Answers in words, one dict per row: of logits (rows, labels) and of the layers (rows,) that the rows left at."""
+    answers = _labels_and_scores(logits, config)
+    return [{**answer, "exit_layer": int(layer)} for answer, layer in zip(answers, exit_layers, strict=True)]
+
+
+def _labels_and_scores(logits: Any, config: Any) -> list[dict[str, Any]]:
     logits, names = np.asarray(logits, np.float64), config.id2label
     if config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1):
         return [{"label": names[0], "score": value} for value in logits[:, 0].tolist()]

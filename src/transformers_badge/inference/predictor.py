@@ -201,15 +201,17 @@ class BadgePredictor:
 
         Raises:
             TypeError: something else than texts.
+            ValueError: as of `predict_texts`.
         """
         if not isinstance(texts, str):
             return predict_texts(self, self.tokenizer, texts, batch_size, **overrides)
         # A stream of one row takes a tenth longer than that row, and with workers makes threads for it.
+        check_stream([texts], batch_size)
+        policy = self._policy(overrides.pop("policy", None), overrides)  # all that a list may be given besides
         limit = token_limit(self, self.tokenizer)
         encoded = self.tokenizer([texts], truncation=True, max_length=limit, return_tensors="np")
-        prediction = self.early_exit_predict(**encoded, **overrides)
-        (answer,) = answer_rows(prediction.logits, self.config)
-        return [{**answer, "exit_layer": int(prediction.exit_layer[0])}]
+        prediction = self.early_exit_predict(**encoded, policy=policy)
+        return answer_rows(prediction.logits, prediction.exit_layer, self.config)
 
     def _policy(self, policy: Any, overrides: dict[str, Any]) -> ExitPolicy:
         """The policy of one call."""
