@@ -406,9 +406,10 @@ def test_bad_exports_are_named(export, exports, tmp_path):
         ValueError, match="ONNX Runtime has no provider 'TensorrtExecutionProvider' here: choose one of"
     ):
         load(export, provider="TensorrtExecutionProvider")
-    with pytest.raises(ValueError, match="workers must be a whole number of at least 1, got 0"):
-        load(export, workers=0)
-    with pytest.raises(ValueError, match="threads must be a whole number of at least 1, got 1.5"):
+    for workers in (0, True, None):
+        with pytest.raises(ValueError, match=f"workers must be a whole number, at least 1, got {workers}"):
+            load(export, workers=workers)
+    with pytest.raises(ValueError, match="threads must be a whole number, at least 1, got 1.5"):
         load(export, threads=1.5)
     (tmp_path / "empty").mkdir()
     with pytest.raises(OSError, match="There is no export in .*: make one with transformers-badge export"):

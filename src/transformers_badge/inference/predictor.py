@@ -15,7 +15,7 @@ from transformers_badge.inference.named_stages import NamedStages
 from transformers_badge.inference.onnx_stages import OnnxStages, export_files
 from transformers_badge.inference.predict import answer_rows, predict_texts, token_limit
 from transformers_badge.model.early_exit_badge import predict_with_policy
-from transformers_badge.model.policy_badge import ExitPolicy
+from transformers_badge.model.policy_badge import ExitPolicy, check_count
 from transformers_badge.model.rows_badge import check_stream, check_values, read_tokens
 from transformers_badge.model.stream_badge import READ_AHEAD, StreamedRow, stream_with_policy
 
@@ -116,9 +116,9 @@ class BadgePredictor:
             return cls(*load_compiled(name_or_path, precision, device))
         if device is not None:
             raise ValueError("device is of the engine compiled: for ONNX Runtime choose a provider instead.")
-        for name, value in {"threads": threads, "workers": workers}.items():
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+        check_count("workers", workers)
+        if threads is not None:
+            check_count("threads", threads)
         folder = find_export(name_or_path, precision)
         manifest = read_manifest(folder)
         from transformers import AutoTokenizer, PreTrainedConfig

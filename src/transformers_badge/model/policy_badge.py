@@ -22,6 +22,16 @@ def check_keys(name: str, given: Any, known: Any) -> None:
         raise ValueError(f"{name} does not know {', '.join(map(repr, unknown))}; it takes {', '.join(sorted(known))}.")
 
 
+def check_count(name: str, value: Any, of: str = "") -> None:
+    """See that a value is a whole number of at least 1.
+
+    Raises:
+        ValueError: it is not; the message names it, and what it counts.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise ValueError(f"{name} must be a whole number{of and f' of {of}'}, at least 1, got {value!r}.")
+
+
 def _is_number(value: Any) -> bool:
     if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__float__") or getattr(value, "ndim", 0) != 0:
         return False
@@ -86,8 +96,7 @@ class ExitPolicy:
             object.__setattr__(self, "patience", 2 if self.criterion in ("pcee", "f_pabee", "f_pabee_averaged") else 1)
         for name in ("window", "patience"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-                raise ValueError(f"{name} must be a whole number of exits, at least 1, got {value!r}.")
+            check_count(name, value, of="exits")
             object.__setattr__(self, name, int(value))
         weight = self.confidence_weight
         if not (_is_number(weight) and math.isfinite(weight) and weight >= 0):

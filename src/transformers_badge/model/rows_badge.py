@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from .early_exit_badge import Array, token_columns
+from .policy_badge import check_count
 
 
 Item = TypeVar("Item")
@@ -18,8 +19,7 @@ def check_stream(rows: Any, batch_size: Any) -> None:
         TypeError: rows are not an iterable of rows.
         ValueError: batch_size is not a whole number of at least 1.
     """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
-        raise ValueError(f"batch_size must be a whole number, at least 1, got {batch_size!r}.")
+    check_count("batch_size", batch_size)
     if isinstance(rows, (str, Mapping)) or not hasattr(rows, "__iter__"):
         raise TypeError(
             f"rows must be an iterable with one entry per row (a text, or a dict with input_ids), got "
