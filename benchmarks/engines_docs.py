@@ -59,7 +59,7 @@ def _write_all(path: Path, records: dict[str, dict[str, Any]], machine: Callable
     titles = {
         "engines": "Two cores",
         "engines_one_thread": "One thread",
-        "engines_amd": "Another processor, an earlier version",
+        "engines_amd": "Another processor",
         "engines_gpu": "A GPU, an earlier version",
     }
     parts = [
