@@ -22,14 +22,14 @@ def check_keys(name: str, given: Any, known: Any) -> None:
         raise ValueError(f"{name} does not know {', '.join(map(repr, unknown))}; it takes {', '.join(sorted(known))}.")
 
 
-def check_count(name: str, value: Any, of: str = "") -> None:
+def check_count(name: str, value: Any, meaning: str = "a whole number") -> None:
     """See that a value is a whole number of at least 1.
 
     Raises:
-        ValueError: it is not; the message names it, and what it counts.
+        ValueError: it is not; the message names it, and says what it means.
     """
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise ValueError(f"{name} must be a whole number{of and f' of {of}'}, at least 1, got {value!r}.")
+        raise ValueError(f"{name} must be {meaning}, at least 1, got {value!r}.")
 
 
 def _is_number(value: Any) -> bool:
@@ -96,7 +96,7 @@ class ExitPolicy:
             object.__setattr__(self, "patience", 2 if self.criterion in ("pcee", "f_pabee", "f_pabee_averaged") else 1)
         for name in ("window", "patience"):
             value = getattr(self, name)
-            check_count(name, value, of="exits")
+            check_count(name, value, "a whole number of exits")
             object.__setattr__(self, name, int(value))
         weight = self.confidence_weight
         if not (_is_number(weight) and math.isfinite(weight) and weight >= 0):
