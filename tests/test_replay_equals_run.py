@@ -16,7 +16,7 @@ from tiny import pad, random_rows, tiny_model
 from transformers_badge import ExitPolicy
 from transformers_badge.calibration.fitting import fit_rule, fit_temperatures
 from transformers_badge.calibration.replay import answers, at_exits, replay, score_exits, take_exits
-from transformers_badge.inference.exit_logits import LEXICAL_COST, make_exit_table
+from transformers_badge.inference.exit_logits import FILTERS_COST, LEXICAL_COST, make_exit_table
 from transformers_badge.model.criteria_badge import COMBINATORS, CRITERIA
 
 
@@ -210,13 +210,17 @@ def test_without_a_threshold_both_run_to_the_end():
 def test_exit_0_costs_its_share_and_its_logits_can_be_given():
     model, rows, table = rows_and_table("roberta, exit 0")
     assert table.exit_layers == (0, 1, 2, 4)
-    assert np.allclose(table.costs, np.array([0, 1, 2, 4]) + LEXICAL_COST)
+    assert np.allclose(table.costs, np.array([0, 1, 2, 4]) + LEXICAL_COST + FILTERS_COST)
     texts = [" ".join(map(str, row.tolist())) for row in rows[:50]]
     given = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
     other = make_exit_table(model, WordTokenizer(), [texts], lexical_logits=given, batch_size=7)
-    assert np.array_equal(other.exit_logits[:, 0], given)
+    with torch.no_grad():
+        words = np.concatenate([model.exits[0](row[None], None).numpy() for row in rows[:50]])
+    phrases = table.exit_logits[:50, 0] - words
+    assert (np.abs(phrases).max(axis=1) > 1e-3).all()
+    assert np.allclose(other.exit_logits[:, 0], given + phrases, atol=1e-5)
     gates = [exit_.lexical_gate.weight.item() for exit_ in model.exits[1:]]
-    moved = np.array(gates)[:, None] * (given - table.exit_logits[:50, 0])[:, None]
+    moved = np.array(gates)[:, None] * (given - words)[:, None]
     assert np.allclose(other.exit_logits[:, 1:] - table.exit_logits[:50, 1:], moved, atol=1e-4)
 
 

@@ -89,7 +89,8 @@ def tiny_config(family: str, **fields: Any) -> BadgeConfig:
         **EVERY_FAMILY[family],
         **fields.pop("encoder", {}),
     }
-    return BadgeConfig(**{"num_labels": 3, "encoder_config": encoder, **fields})
+    filters = {"lexical_filters": 8} if fields.get("lexical_exit") else {}
+    return BadgeConfig(**{"num_labels": 3, "encoder_config": encoder, **filters, **fields})
 
 
 def tiny_model(family: str, seed: int = 0, **fields: Any) -> BadgeForSequenceClassification:
@@ -122,6 +123,8 @@ def _make_model(family: str, seed: int, fields: dict[str, Any]) -> BadgeForSeque
                 exit_.query.weight.normal_(std=0.3)
         if model.config.lexical_exit:
             model.exits[0].weight.normal_(std=1.5)
+            if model.exits[0].phrases is not None:
+                speak(model.exits[0].phrases)
         later = [(index, exit_) for index, exit_ in enumerate(model.exits) if model.exit_layers[index] > 0]
         for _, exit_ in later:
             exit_.classifier.weight.normal_(std=0.6)
@@ -133,6 +136,15 @@ def _make_model(family: str, seed: int, fields: dict[str, Any]) -> BadgeForSeque
             for index, exit_ in later:
                 exit_.classifier.bias.sub_(model(**probe).exit_logits[:, index].mean(dim=0))
     return model
+
+
+@torch.no_grad()
+def speak(phrases: Any) -> None:
+    """Give the phrases of exit 0 something to say."""
+    phrases.vectors[:-1].normal_()  # the last is of what is no word
+    phrases.vectors[:-1, -1] = 1.0
+    phrases.filters.normal_(std=0.4)
+    phrases.weight.normal_(std=0.05)
 
 
 def tiny_classifier(family: str, seed: int = 0, **fields: Any) -> Any:

@@ -79,6 +79,8 @@ def test_loss_weights_sum_to_one():
         ({"exit_layers": [-1, 4]}, "from 1 to 4"),
         ({"lexical_exit": True, "lexical_ngrams": 5}, "lexical_ngrams must be from 1 to 4, got 5"),
         ({"lexical_exit": True, "lexical_buckets": 1}, "lexical_buckets must be at least 2"),
+        ({"lexical_exit": True, "lexical_filters": 7}, "lexical_filters must be 0 or a multiple of 4 from 8, got 7"),
+        ({"lexical_exit": True, "lexical_filters": -2}, "lexical_filters must be 0 or a multiple of 4 from 8, got -2"),
         ({"exit_layers": [1, 1, 4]}, "ascending"),
         ({"exit_layers": [1, 5]}, "from 1 to 4"),
         ({"bypass_size": -1}, "bypass_size must be 0 .* or a positive width, got -1"),

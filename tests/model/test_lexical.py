@@ -116,7 +116,7 @@ def test_a_row_of_special_tokens_alone_gets_the_constant():
 
 
 def test_exit_0_comes_first_and_every_later_exit_adds_it_through_its_gate():
-    model = tiny_model("bert", lexical_exit=True)
+    model = tiny_model("bert", lexical_exit=True, lexical_filters=0)
     assert model.exit_layers == [0, 1, 2, 3, 4]
     batch = pad(random_rows(LENGTHS))
     with torch.no_grad():

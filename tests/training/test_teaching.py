@@ -10,9 +10,10 @@ import torch
 from tiny import random_rows, tiny_model, tiny_tokenizer
 from transformers_badge import fit_lexical_exit, teach_exits
 from transformers_badge.training import fine_tune
+from transformers_badge.training.answers import as_answers, last_logits
 from transformers_badge.training.fine_tune import fit
 from transformers_badge.training.recipes import TEACHING, applied
-from transformers_badge.training.teaching import last_answers, teaching_rows
+from transformers_badge.training.teaching import teaching_rows
 
 
 def labelled(count=60, seed=0, labels=3):
@@ -46,7 +47,7 @@ def model():
 @pytest.fixture
 def lexical():
     """The same with an exit 0 that has not been fitted."""
-    model = tiny_model("bert", lexical_exit=True, lexical_buckets=512)
+    model = tiny_model("bert", lexical_exit=True, lexical_buckets=512, lexical_filters=0)
     with torch.no_grad():
         model.exits[0].weight.zero_()
         model.exits[-1].classifier.weight.mul_(20)
@@ -87,12 +88,12 @@ def test_the_inner_exits_come_to_answer_as_the_last_which_stays_as_it_is(model):
 
 def test_to_rows_that_are_many_nothing_is_added(lexical):
     rows = labelled()
-    kept = teaching_rows(tiny_model("bert"), tiny_tokenizer(), rows, fill_up_to=60)
+    kept = teaching_rows(tiny_model("bert"), tiny_tokenizer(), rows, fill_up_to=60).for_exits
     assert kept.to_dict() == rows.remove_columns("labels").to_dict()
     fitted = fit_lexical_exit(lexical, tiny_tokenizer(), rows)
     before = copy.deepcopy(lexical.state_dict())
     for given in (fitted, rows):  # what exit 0 says of them is known, or is found out
-        kept = teaching_rows(lexical, tiny_tokenizer(), given, fill_up_to=60)
+        kept = teaching_rows(lexical, tiny_tokenizer(), given, fill_up_to=60).for_exits
         assert kept.to_dict() == fitted.remove_columns("labels").to_dict()
         assert all(torch.equal(value, before[name]) for name, value in lexical.state_dict().items())
 
@@ -190,4 +191,5 @@ def test_answers_are_those_of_the_last_exit(problem):
     model, rows = tiny_model("bert", problem_type=problem), labelled(20)
     logits = all_logits(model, rows)[:, -1]
     expected = {"single_label_classification": logits.softmax(-1), "multi_label_classification": logits.sigmoid()}
-    assert np.allclose(last_answers(model, rows), expected.get(problem, logits).numpy(), atol=1e-5)
+    answers = as_answers(last_logits(model, tiny_tokenizer(), rows), problem)
+    assert np.allclose(answers, expected.get(problem, logits).numpy(), atol=1e-5)

@@ -221,7 +221,7 @@ def _measure(model: Any, tokenizer: Any, texts: list[str], report: dict[str, Any
     from transformers import BertForSequenceClassification, TextClassificationPipeline
 
     from transformers_badge.evaluation.timing import classifying, time_in_turns
-    from transformers_badge.inference.exit_logits import LEXICAL_COST
+    from transformers_badge.inference.exit_logits import lexical_cost
     from transformers_badge.model.pipeline_badge import BadgeTextClassificationPipeline
 
     plain = BertForSequenceClassification(model.config.encoder_config).eval()
@@ -256,7 +256,7 @@ def _measure(model: Any, tokenizer: Any, texts: list[str], report: dict[str, Any
             {
                 "batch_size": batch_size,
                 "rows": len(timed),
-                "layer_speedup": float(model.exit_layers[-1] / (layers.mean() + LEXICAL_COST)),
+                "layer_speedup": float(model.exit_layers[-1] / (layers.mean() + lexical_cost(model.config))),
                 "seconds": {name: timings.median(name) for name in contenders},
                 "speedup_over_full_depth": timings.speedup("early_exit", "full_depth"),
                 "speedup_over_transformers": timings.speedup("early_exit", "transformers"),

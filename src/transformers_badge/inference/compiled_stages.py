@@ -93,5 +93,7 @@ def load_compiled(
         "digest": digest_model(model),
     }
     policy = config.exit_policy if precision == "fp32" else replace(config.exit_policy, certificate=None)
-    facts = PredictorConfig(config.id2label, problem_type, policy, model.num_labels, config.lexical_exit)
+    facts = PredictorConfig(
+        config.id2label, problem_type, policy, model.num_labels, config.lexical_exit, config.phrase_filters
+    )
     return stages, facts, manifest, AutoTokenizer.from_pretrained(name_or_path)

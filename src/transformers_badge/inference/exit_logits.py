@@ -15,8 +15,9 @@ from transformers_badge.model.modeling_badge import weights_digest
 from transformers_badge.model.policy_badge import ExitPolicy
 
 
-# What the lexical exit costs, in blocks: it runs for every row. `benchmarks/lexical.py` measures it.
-LEXICAL_COST = 0.02
+# What the lexical exit costs, in blocks, and what its filters cost besides: it runs for every row.
+# `benchmarks/lexical.py --cost` measures it.
+LEXICAL_COST, FILTERS_COST = 0.02, 0.005
 
 
 @torch.no_grad()
@@ -38,14 +39,14 @@ def make_exit_table(
         tokenizer: the tokenizer of its encoder.
         columns: one list of texts, or two for pairs.
         labels: (rows,) class indices, or (rows, labels) of 0 and 1. Default: none.
-        lexical_logits: (rows, labels), to stand for what the lexical exit says; of rows that it was fitted to, what
-            `fit_lexical_exit` returns.
+        lexical_logits: (rows, labels), to stand for what the n-grams of the lexical exit say; of rows that it was
+            fitted to, what `fit_lexical_exit` returns.
         max_tokens: longer texts are cut. Default: what encoder and tokenizer take.
         batch_size: rows per batch; texts of similar length share one.
         on_batch: called with the number of rows that were run, after each batch.
 
     Returns:
-        The table, in the order of the texts; costs are depths, and where there is a lexical exit `LEXICAL_COST` more.
+        The table, in the order of the texts; costs are depths, and `lexical_cost` more.
 
     Raises:
         ValueError: no rows, a regression model, or labels that do not fit.
@@ -71,7 +72,7 @@ def make_exit_table(
     return ExitTable(
         exit_logits=exit_logits,
         exit_layers=tuple(model.exit_layers),
-        costs=np.array(model.exit_layers) + (LEXICAL_COST if model.config.lexical_exit else 0.0),
+        costs=np.array(model.exit_layers) + lexical_cost(model.config),
         problem_type=problem_type,
         labels=None if labels is None else np.asarray(labels, dtype=np.int64),
         lengths=lengths.astype(np.int32),
@@ -79,6 +80,11 @@ def make_exit_table(
         label_names=tuple(model.config.id2label[index] for index in range(model.num_labels)),
         model=digest_model(model),
     )
+
+
+def lexical_cost(config: Any) -> float:
+    """What the lexical exit of a model costs every row, in blocks; 0 where there is none."""
+    return LEXICAL_COST * bool(config.lexical_exit) + FILTERS_COST * bool(config.phrase_filters)
 
 
 def _every_exit(model: Any, inputs: Any, lexical_logits: Any) -> Any:

@@ -8,12 +8,13 @@ What an engine has to bring is how it runs a stage, and a few operations on its 
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
 from transformers_badge.model.ngrams_badge import ngram_buckets, ngram_logits
+from transformers_badge.model.phrases_badge import PhraseWeights
 from transformers_badge.model.rows_badge import join_rows, pad_rows
 
 
@@ -43,25 +44,49 @@ class LexicalWeights:
         hashing: what `ngram_buckets` needs to know: ignored_ids, ngrams, buckets.
         weight: of the n-grams, (buckets, labels); that of bucket 0, which is none, is 0.
         bias: (labels,).
+        phrases: the filters, if there are any that say something.
     """
 
     hashing: Mapping[str, Any]
     weight: Array
     bias: Array
+    phrases: PhraseWeights | None = None
 
     @classmethod
     def of(cls, model: Any) -> "LexicalWeights | None":
         """Those of a `BadgeForSequenceClassification`, if it has a lexical exit."""
         if not model.config.lexical_exit:
             return None
-        exit_ = model.exits[0]
-        weight, bias = (tensor.float().cpu().numpy().copy() for tensor in (exit_.weight, exit_.bias))
-        weight[0] = 0.0
-        return cls(exit_.hashing, weight, bias)
+        stored = {name: tensor.float().cpu().numpy().copy() for name, tensor in model.exits[0].state_dict().items()}
+        stored["weight"][0] = 0.0
+        return cls.from_arrays(model.exits[0].hashing, stored)
+
+    @classmethod
+    def from_arrays(cls, hashing: Mapping[str, Any], stored: Mapping[str, Array]) -> "LexicalWeights":
+        """Of what `arrays` returned.
+
+        Raises:
+            KeyError: something is missing.
+        """
+        phrases = None
+        if "phrases.weight" in stored and stored["phrases.weight"].any():
+            phrases = PhraseWeights(**{field.name: stored[f"phrases.{field.name}"] for field in fields(PhraseWeights)})
+        return cls(hashing, stored["weight"], stored["bias"], phrases)
+
+    def arrays(self) -> dict[str, Array]:
+        """All weights by name, as they can be stored."""
+        phrases = {} if self.phrases is None else vars(self.phrases)
+        return {"weight": self.weight, "bias": self.bias, **{f"phrases.{name}": a for name, a in phrases.items()}}
 
     def logits(self, input_ids: Array, attention_mask: Array) -> Array:
-        """(rows, labels) of token ids (rows, tokens)."""
+        """What the n-grams say, (rows, labels), of token ids (rows, tokens)."""
         return ngram_logits(ngram_buckets(input_ids, attention_mask, **self.hashing), self.weight, self.bias)
+
+    def answer(self, lexical_logits: Array, input_ids: Array, attention_mask: Array) -> Array:
+        """The exit's logits (rows, labels), of what the n-grams say."""
+        if self.phrases is None:
+            return lexical_logits
+        return lexical_logits + self.phrases.logits(input_ids, attention_mask, self.hashing["ignored_ids"])
 
 
 class NamedStages(ABC):
@@ -128,8 +153,11 @@ class NamedStages(ABC):
         return {name: array for name, array in state.items() if name not in ("input_ids", "token_type_ids")}
 
     def read_exit(self, exit_index: int, state: NamedState) -> Any:
-        """Logits (rows, labels), which came with the blocks."""
-        return state["logits" if self.exit_layers[exit_index] else "lexical_logits"]
+        """Logits (rows, labels); those of later exits came with the blocks."""
+        if self.exit_layers[exit_index]:
+            return state["logits"]
+        assert self._lexical is not None
+        return self._lexical.answer(state["lexical_logits"], state["input_ids"], state["attention_mask"])
 
     def compact(self, state: NamedState, rows: Array | None, columns: slice, padded: bool) -> NamedState:
         """Keep these rows (`None`: all) and token columns."""

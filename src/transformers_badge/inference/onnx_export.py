@@ -102,7 +102,7 @@ def export_onnx(
     unfinished.mkdir(parents=True)
     try:
         if lexical is not None:
-            save_file({"weight": lexical.weight, "bias": lexical.bias}, unfinished / LEXICAL)
+            save_file(lexical.arrays(), unfinished / LEXICAL)
         graphs = _trace_stages(ours)
         _save_graphs(graphs, unfinished)
         _compare(ours, unfinished, hashing)

@@ -80,7 +80,7 @@ class OnnxStages(NamedStages):
                 )
             except Exception as error:  # its errors have no common class but this
                 raise ValueError(f"ONNX Runtime cannot read {path}: {error}. Export the model again.") from error
-        lexical = None if hashing is None else LexicalWeights(dict(hashing), *_lexical_weights(folder / LEXICAL))
+        lexical = None if hashing is None else _lexical_weights(folder / LEXICAL, dict(hashing))
         positions = POSITIONS_PER_RUN if workers == 1 else POSITIONS_PER_PART
         on_processor = provider == "CPUExecutionProvider"
         run_cost = positions * (threads or os.cpu_count() or 1) if on_processor else float("inf")
@@ -152,11 +152,10 @@ def _make_shared_memory(runtime: Any) -> None:
         runtime.create_and_register_allocator(memory, None)
 
 
-def _lexical_weights(path: Path) -> tuple[Array, Array]:
-    """The weights of exit 0, (buckets, labels), and its constant, (labels,)."""
+def _lexical_weights(path: Path, hashing: Mapping[str, Any]) -> LexicalWeights:
+    """Exit 0."""
     try:
-        stored = load_file(path)
-        return stored["weight"], stored["bias"]
+        return LexicalWeights.from_arrays(hashing, load_file(path))
     except FileNotFoundError as error:
         raise OSError(f"{path} is missing: export the model again.") from error
     except (SafetensorError, KeyError) as error:

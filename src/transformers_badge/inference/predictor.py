@@ -23,7 +23,7 @@ from transformers_badge.model.stream_badge import READ_AHEAD, StreamedRow, strea
 Array = np.ndarray[Any, np.dtype[Any]]
 
 MANIFEST = "onnxruntime.json"
-FORMAT = 5
+FORMAT = 6
 ENGINES = ("onnxruntime", "compiled")
 
 
@@ -251,6 +251,7 @@ class PredictorConfig:
     exit_policy: ExitPolicy
     num_labels: int
     lexical_exit: bool
+    phrase_filters: int
 
     @classmethod
     def load(cls, folder: Path, manifest: dict[str, Any]) -> "PredictorConfig":
@@ -265,12 +266,13 @@ class PredictorConfig:
             unnamed = {index: f"LABEL_{index}" for index in range(manifest["num_labels"])}
             id2label = {int(index): name for index, name in stored.get("id2label", unnamed).items()}
             policy = ExitPolicy.of(stored["exit_policy"])
+            has_exit_0 = manifest["exit_layers"][0] == 0
+            filters = int(stored["lexical_filters"]) if has_exit_0 else 0
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{folder / 'config.json'} is missing or damaged ({error}): export the model again."
             ) from error
-        exits = manifest["exit_layers"]
-        return cls(id2label, manifest["problem_type"], policy, manifest["num_labels"], exits[0] == 0)
+        return cls(id2label, manifest["problem_type"], policy, manifest["num_labels"], has_exit_0, filters)
 
 
 def find_export(name_or_path: str | os.PathLike[str], precision: str) -> Path:

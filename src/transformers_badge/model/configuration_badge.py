@@ -58,6 +58,8 @@ class BadgeConfig(PreTrainedConfig):
         lexical_exit: whether there is an exit before the first block, a linear classifier over hashed n-grams of the
             token ids. Every later exit adds its logits to its own, times a gate; but a source head does not. It
             has to be fitted (`fit_lexical_exit`), best before the model is fine-tuned.
+        lexical_filters: how many filters over the vectors of seven tokens in a row the lexical exit has besides, a
+            multiple of 4; 0: none. They learn from the last exit (`teach_exits`), and later exits do not add them.
         lexical_buckets: how many buckets n-grams are hashed into; the exit has so many weights per label.
         lexical_ngrams: up to how many tokens an n-gram has, from 1 to 4.
         lexical_ignored_ids: token ids that belong to no n-gram and part the texts of a pair. Default: the special
@@ -86,6 +88,7 @@ class BadgeConfig(PreTrainedConfig):
     lexical_exit: bool = False
     lexical_buckets: int = 2**18
     lexical_ngrams: int = 2
+    lexical_filters: int = 0
     lexical_ignored_ids: list[int] | None = None
     exit_dropout: float | int = 0.1
     label_smoothing: float | int = 0.0
@@ -151,6 +154,8 @@ class BadgeConfig(PreTrainedConfig):
             )
         if not 1 <= self.lexical_ngrams <= 4:
             raise ValueError(f"lexical_ngrams must be from 1 to 4, got {self.lexical_ngrams}.")
+        if self.lexical_filters and (self.lexical_filters < 8 or self.lexical_filters % 4):
+            raise ValueError(f"lexical_filters must be 0 or a multiple of 4 from 8, got {self.lexical_filters}.")
         if self.lexical_buckets < 2:
             raise ValueError(
                 f"lexical_buckets must be at least 2, and is best above 100,000; got {self.lexical_buckets}."
@@ -169,6 +174,11 @@ class BadgeConfig(PreTrainedConfig):
         if not self.bypass_size or not inner:
             return []
         return inner if self.bypass_reads == "pooled" else list(range(1, inner[-1] + 1))
+
+    @property
+    def phrase_filters(self) -> int:
+        """How many filters there are at exit 0; 0 where there is no such exit."""
+        return self.lexical_filters if self.lexical_exit else 0
 
     @property
     def ignored_ids(self) -> list[int]:

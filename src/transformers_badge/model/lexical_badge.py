@@ -1,9 +1,11 @@
-"""Exit 0: a linear classifier over hashed n-grams of the token ids, read before any block runs.
+"""Exit 0, which reads the token ids before any block runs: hashed n-grams, and filters over word vectors.
 
-    z_0 = bias + sum of the weights of a row's n-grams / sqrt(number of them)
+    words  = bias + sum of the weights of a row's n-grams / sqrt(number of them)
+    z_0    = words + phrases                                   see `phrases_badge`
 
-It needs nothing but input_ids. Its weights are buffers: they are fitted in one go, by a convex solver
-(`training.lexical`), and the fine-tuning that follows leaves them as they are.
+What the n-grams say, learnt from labels apart from the encoder, enters the later exits too. The filters are taught by
+the last exit, to which they have nothing to add. All weights are buffers: they are fitted in one go
+(`training.lexical`, `training.phrases`), and the fine-tuning leaves them as they are.
 """
 
 from typing import Any
@@ -15,10 +17,46 @@ from torch.nn import functional as F
 
 from .configuration_badge import BadgeConfig
 from .ngrams_badge import ngram_buckets
+from .phrases_badge import VECTOR_SHARE, WINDOW
+
+
+class Phrases(nn.Module):
+    """Filters over the vectors of tokens in a row; fresh ones say nothing. See `phrases_badge.PhraseWeights`."""
+
+    vectors: Tensor
+    filters: Tensor
+    weight: Tensor
+
+    def __init__(self, config: BadgeConfig) -> None:
+        super().__init__()
+        size, filters = config.lexical_filters // VECTOR_SHARE, config.lexical_filters
+        self.register_buffer("vectors", torch.zeros(config.get_text_config().vocab_size + 1, size))
+        self.register_buffer("filters", torch.zeros(WINDOW * size, filters))
+        self.register_buffer("weight", torch.zeros(2 * filters, config.num_labels))
+
+    def forward(self, input_ids: Tensor, words: Tensor) -> Tensor:
+        """Logits (rows, labels) of token ids; `words`, (rows, tokens), bool: what is neither padding nor special."""
+        return pool_phrases(self.look_up(input_ids, words), words, self.filters) @ self.weight
+
+    def look_up(self, input_ids: Tensor, words: Tensor) -> Tensor:
+        """Vectors, (rows, tokens + 2 * (WINDOW - 1), size): on both sides as far as windows with a word reach."""
+        nothing = len(self.vectors) - 1
+        ids = F.pad(input_ids.where(words, nothing), (WINDOW - 1, WINDOW - 1), value=nothing)
+        return F.embedding(ids, self.vectors)
+
+
+def pool_phrases(vectors: Tensor, words: Tensor, filters: Tensor) -> Tensor:
+    """The largest value of what each filter finds, and the sum, (rows, 2 * filters), of what `look_up` returns."""
+    # A window is so many numbers in a row, and the next begins one vector later.
+    windows = vectors.flatten(1).unfold(1, len(filters), vectors.shape[2])
+    found = torch.relu(windows.reshape(-1, len(filters)) @ filters)  # as one product it takes half the time
+    found = found.view(len(vectors), -1, filters.shape[1])
+    count = words.sum(dim=1, keepdim=True).clamp(min=1).to(found.dtype)
+    return torch.cat([found.amax(dim=1), found.sum(dim=1) / count.sqrt()], dim=1)
 
 
 class LexicalExit(nn.Module):
-    """The weights of the n-grams, (buckets, labels), and a constant, (labels,)."""
+    """The weights of the n-grams, (buckets, labels), a constant, (labels,), and the phrases."""
 
     weight: Tensor
     bias: Tensor
@@ -28,6 +66,7 @@ class LexicalExit(nn.Module):
         self.config = config
         self.register_buffer("weight", torch.zeros(config.lexical_buckets, config.num_labels))
         self.register_buffer("bias", torch.zeros(config.num_labels))
+        self.phrases = Phrases(config) if config.lexical_filters else None
 
     @property
     def fitted(self) -> bool:
@@ -47,9 +86,23 @@ class LexicalExit(nn.Module):
         return ngram_buckets(ids, mask, **self.hashing)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Logits (rows, labels) from token ids (rows, tokens)."""
+        """What the n-grams say, logits (rows, labels), of token ids (rows, tokens)."""
         buckets = self.buckets(input_ids, attention_mask)
         ngrams = torch.from_numpy(buckets).to(self.weight.device)
         total = F.embedding_bag(ngrams, self.weight, mode="sum", padding_idx=0)
         count = np.maximum((buckets > 0).sum(axis=1, keepdims=True), 1)
         return self.bias + total / torch.from_numpy(np.sqrt(count)).to(total)
+
+    def answer(self, lexical_logits: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+        """The exit's logits (rows, labels), of what the n-grams say; that alone where there are no ids to read."""
+        if self.phrases is None or input_ids is None:
+            return lexical_logits
+        said: Tensor = self.phrases(input_ids, self.words(input_ids, attention_mask))
+        return lexical_logits + said
+
+    def words(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Where there is neither padding nor a special token, (rows, tokens), bool."""
+        words = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask > 0
+        for ignored in self.config.ignored_ids:
+            words = words & (input_ids != ignored)
+        return words

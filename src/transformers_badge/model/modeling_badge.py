@@ -31,7 +31,7 @@ from .configuration_badge import BadgeConfig
 from .early_exit_badge import predict_with_policy, run_blocks
 from .encoders_badge import get_adapter
 from .inputs_badge import check_labels
-from .lexical_badge import LexicalExit
+from .lexical_badge import LexicalExit, Phrases
 from .loss_badge import exit_losses, infer_problem_type, weighted_loss
 from .modules_badge import BadgeBypass, BadgeExit, LexicalGate, ZeroInitLinear
 from .outputs_badge import BadgeClassifierOutput, BlockState, EarlyExitOutput
@@ -69,6 +69,9 @@ class BadgePreTrainedModel(PreTrainedModel):
         elif isinstance(module, LexicalExit):
             init.zeros_(module.weight)
             init.zeros_(module.bias)
+        elif isinstance(module, Phrases):
+            for weight in module.buffers():
+                init.zeros_(weight)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -226,6 +229,17 @@ class BadgeForSequenceClassification(BadgePreTrainedModel, BadgeStages):
         """Replace the encoder's token embeddings."""
         self.encoder.set_input_embeddings(value)
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; to the phrases of exit 0 tokens that are added say nothing."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        lexical: Any = self.exits[0]
+        if self.config.lexical_exit and lexical.phrases is not None:
+            tokens = len(embeddings.weight)
+            kept = lexical.phrases.vectors[:-1][:tokens]
+            # Of those that are added, and last of what is no word, it is 0.
+            lexical.phrases.vectors = nn.functional.pad(kept, (0, 0, 0, tokens + 1 - len(kept)))
+        return embeddings
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -248,9 +262,9 @@ class BadgeForSequenceClassification(BadgePreTrainedModel, BadgeStages):
             position_ids: (rows, tokens). Default: counted from each row's first token.
             inputs_embeds: (rows, tokens, hidden), instead of input_ids.
             labels: (rows,) int64, or (rows, labels) float for multi-label and regression.
-            lexical_logits: (rows, labels), to stand for what the lexical exit says: of rows that it was fitted to, what
-                `fit_lexical_exit` returns, or the later exits would learn to trust it too much. In training mode the
-                later exits learn without it unless these are given.
+            lexical_logits: (rows, labels), to stand for what the n-grams of the lexical exit say: of rows that it was
+                fitted to, what `fit_lexical_exit` returns, or the later exits would learn to trust it too much. In
+                training mode the later exits learn without it unless these are given.
             output_attentions: for callers that always pass it, as peft does; `True` is an error.
             output_hidden_states: also return h_0 to h_L. Default: what the config says.
             return_dict: `False` gives a tuple. Default: what the config says.

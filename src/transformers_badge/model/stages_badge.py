@@ -141,8 +141,7 @@ class BadgeStages:
         """Logits (rows, labels) of exit `exit_index` (from 0)."""
         exit_: Any = self.exits[exit_index]
         if state.hidden_states is None:
-            assert state.lexical_logits is not None
-            return state.lexical_logits
+            return exit_.answer(state.lexical_logits, state.inputs["input_ids"], state.attention_mask)  # type: ignore[no-any-return]
         if state.pooled is not None:
             return exit_(state.pooled, state.lexical_logits)  # type: ignore[no-any-return]
         # The last exit reads the encoder alone, through its final norm.

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +80,13 @@ def convert_classifier(
     from transformers_badge.model.loss_badge import infer_problem_type
     from transformers_badge.model.modeling_badge import BadgeForSequenceClassification
     from transformers_badge.model.sources_badge import LOADING_ARGUMENTS
+    from transformers_badge.training.answers import as_answers, last_logits
     from transformers_badge.training.fine_tune import FILL_UP_TO, make_trainer, tokenize
     from transformers_badge.training.kept_states import can_keep, kept_in_place
     from transformers_badge.training.lexical import fit_lexical_exit
+    from transformers_badge.training.phrases import fit_phrases
     from transformers_badge.training.recipes import TEACHING, applied
-    from transformers_badge.training.teaching import filled_rows, last_answers
+    from transformers_badge.training.teaching import filled_rows
 
     output = Path(output_dir)
     if fill_up_to is None:
@@ -118,14 +121,18 @@ def convert_classifier(
     def table_of(part: Any, lexical_logits: Any = None) -> Any:
         return make_exit_table(model, tokenizer, pick(part), lexical_logits=lexical_logits, max_tokens=limit)
 
-    taught_rows, folds = filled_rows(tokenizer, rows.select(taught), fill_up_to, seed)
+    filled = filled_rows(model, tokenizer, rows.select(taught), fill_up_to, seed)
     lexical_logits = None
     if model.config.lexical_exit:
-        answers = last_answers(model, taught_rows)
+        logits = last_logits(model, tokenizer, filled.all)
+        answers = as_answers(logits, problem_type)
         if labels is not None:  # half and half, as for the other exits
             answers = (answers + np.eye(model.num_labels)[np.asarray(labels)[taught]]) / 2
-        taught_rows = fit_lexical_exit(model, tokenizer, taught_rows, answers, folds=folds, seed=seed)
-        lexical_logits = taught_rows[: len(taught)]["lexical_logits"]
+        lexed = fit_lexical_exit(model, tokenizer, filled.all, answers, folds=filled.folds, seed=seed)
+        fit_phrases(model, tokenizer, lexed, filled.folds, logits, seed=seed)
+        lexical_logits = lexed[: len(taught)]["lexical_logits"]
+        filled = replace(filled, all=lexed)
+    taught_rows = filled.for_exits
     with applied(TEACHING, model):
 
         def trainer_of(rows: Any, **more: Any) -> Any:

@@ -101,12 +101,13 @@ def fresh_modules(model: Any) -> list[str]:
         >>> config = LoraConfig(target_modules=["query", "value"], modules_to_save=fresh_modules(model))
         >>> Trainer(get_peft_model(model, config), ...)
     """
-    prefixes = _pretrained_prefixes(model)
-    return [
-        name
-        for name, module in model.named_modules()
-        if [*module.parameters(recurse=False), *module.buffers(recurse=False)] and not f"{name}.".startswith(prefixes)
-    ]
+    prefixes, names = _pretrained_prefixes(model), list[str]()
+    for name, module in model.named_modules():
+        weights = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        inside = tuple(f"{outer}." for outer in names)  # of one that is named
+        if weights and not f"{name}.".startswith(prefixes + inside):
+            names.append(name)
+    return names
 
 
 def _pretrained_prefixes(model: Any) -> tuple[str, ...]:
@@ -148,24 +149,31 @@ def fit(
         ValueError: there is no such recipe.
     """
     from transformers_badge.training.lexical import fit_lexical_exit
+    from transformers_badge.training.phrases import fit_phrases
     from transformers_badge.training.recipes import get_recipe
     from transformers_badge.training.teaching import teaching_rows
 
     may_learn = any(model.config.loss_weights[:-1])  # or there is no inner exit, or none that is to learn
-    stages = [stage for stage in get_recipe(recipe) if may_learn or not stage.filled]
-    rows, taught_rows, trainer = train_rows, None, None
+    may_be_taught = may_learn or model.config.phrase_filters
+    stages = [stage for stage in get_recipe(recipe) if may_be_taught or not stage.filled]
+    rows, taught, trainer = train_rows, None, None
     if any(stage.filled for stage in stages):
         # Before the fine-tuning, since exit 0 uses the encoder's embeddings: they are not to know the labels yet.
-        taught_rows = teaching_rows(model, tokenizer, rows, fill_up_to, seed)
+        taught = teaching_rows(model, tokenizer, rows, fill_up_to, seed)
         rows = rows.remove_columns("lexical_logits") if "lexical_logits" in rows.column_names else rows
     elif model.config.lexical_exit and "lexical_logits" not in rows.column_names:
         rows = fit_lexical_exit(model, tokenizer, rows, seed=seed)
     for stage in stages:
+        if taught is not None and stage.filled:
+            fit_phrases(model, tokenizer, taught.all, taught.folds, seed=seed)
+            rows = taught.for_exits
+            if not may_learn:
+                continue
         trainer = run_stage(
             stage,
             model,
             tokenizer,
-            taught_rows if stage.filled else rows,
+            rows,
             validation_rows,
             output_dir,
             epochs=epochs * stage.share,

@@ -136,6 +136,8 @@ def fit_lexical_exit(
     with torch.no_grad():
         lexical.weight.copy_(torch.from_numpy(table(solution) * spread))
         lexical.bias.copy_(torch.from_numpy(solution.bias * spread + center))
+        if lexical.phrases is not None:
+            lexical.phrases.weight.zero_()  # what they said went with other words
         if others.size:  # it was not fitted to these: what it says now is what it would say
             answered = [
                 lexical(torch.from_numpy(ids).to(model.device), torch.from_numpy(mask).to(model.device)).float().cpu()

@@ -2,14 +2,20 @@
 
 import copy
 import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from transformers_badge.model.loss_badge import infer_problem_type
+from transformers_badge.training.answers import as_answers, last_logits
 from transformers_badge.training.fine_tune import FILL_UP_TO, check_above_zero, run_stage, special_ids
 from transformers_badge.training.lexical import fit_lexical_exit, text_folds
+from transformers_badge.training.phrases import fit_phrases
 from transformers_badge.training.pieces import fill_up
 from transformers_badge.training.recipes import TEACHING
+
+
+PHRASE_ROWS = 3  # times as many rows as the exits learn from, for the phrases: they start from nothing
 
 
 def teach_exits(
@@ -25,9 +31,9 @@ def teach_exits(
 ) -> Any:
     """Let a fine-tuned model's last exit teach the others; its encoder and the last exit stay as they are.
 
-    The last exit can answer any text, so the others see more texts than there are labels for. An exit 0 stays as it is
-    too: it has learnt from labels (fitted anew, to answers of the last exit, it was no better). What it says enters all
-    exits, also if the fine-tuning was without it.
+    The last exit can answer any text, so the others see more texts than there are labels for. Of an exit 0 the filters
+    are taught; the n-grams stay as they are, for they have learnt from labels (fitted anew, to answers of the last
+    exit, they were no better). What these say enters all exits, also if the fine-tuning was without them.
 
     Args:
         model: a `BadgeForSequenceClassification` that has been fine-tuned.
@@ -52,32 +58,56 @@ def teach_exits(
         >>> teach_exits(model, tokenizer, train)
     """
     check_above_zero(epochs=epochs, learning_rate=learning_rate, batch_size=batch_size)
-    if not any(model.config.loss_weights[:-1]):
+    learning = any(model.config.loss_weights[:-1])
+    if not (learning or model.config.phrase_filters):
         raise ValueError(
             f"There is no exit to teach: exit_layers={model.exit_layers} and exit_loss_weights="
             f"{model.config.exit_loss_weights!r} leave none before the last one that learns."
         )
     if model.config.lexical_exit and not model.exits[0].fitted:
         raise ValueError("Exit 0 has not been fitted: call fit_lexical_exit, best before the model is fine-tuned.")
-    rows = teaching_rows(model, tokenizer, rows, fill_up_to, seed)
-    with tempfile.TemporaryDirectory() as folder:
-        run_stage(
-            TEACHING,
-            model,
-            tokenizer,
-            rows,
-            None,
-            Path(folder),
-            epochs=epochs,
-            new_learning_rate=learning_rate,
-            batch_size=batch_size,
-            seed=seed,
-        )
+    taught = teaching_rows(model, tokenizer, rows, fill_up_to, seed)
+    fit_phrases(model, tokenizer, taught.all, taught.folds, seed=seed)
+    rows = taught.for_exits
+    if learning:
+        with tempfile.TemporaryDirectory() as folder:
+            run_stage(
+                TEACHING,
+                model,
+                tokenizer,
+                rows,
+                None,
+                Path(folder),
+                epochs=epochs,
+                new_learning_rate=learning_rate,
+                batch_size=batch_size,
+                seed=seed,
+            )
     model.eval()
     return rows
 
 
-def teaching_rows(model: Any, tokenizer: Any, rows: Any, fill_up_to: int, seed: int = 0) -> Any:
+@dataclass(frozen=True)
+class TeachingRows:
+    """Rows that the exits of a model are taught on, tokenized, each a `datasets.Dataset`.
+
+    Args:
+        all: those given and, behind them, those made up. The phrases learn from all.
+        folds: of all; pieces of texts come together in rows of one fold alone. `None`: there is nothing made up.
+        exits: how many of them, from the first, the other exits learn from.
+    """
+
+    all: Any
+    folds: Any
+    exits: int
+
+    @property
+    def for_exits(self) -> Any:
+        """Those that exits learn from."""
+        return self.all.select(range(self.exits))
+
+
+def teaching_rows(model: Any, tokenizer: Any, rows: Any, fill_up_to: int, seed: int = 0) -> TeachingRows:
     """The rows that the exits of a model are taught on, with what exit 0 says of each.
 
     Args:
@@ -87,42 +117,30 @@ def teaching_rows(model: Any, tokenizer: Any, rows: Any, fill_up_to: int, seed: 
         seed: of what is made up, and of the folds.
 
     Returns:
-        The rows and, behind them, those made up, without labels: the last exit alone says what is learnt. With
-        `lexical_logits` if the model has an exit 0, from one fitted to rows of other folds.
+        Rows without labels: the last exit alone says what is learnt. With `lexical_logits` if the model has an exit 0,
+        from one fitted to rows of other folds.
     """
-    filled, folds = filled_rows(tokenizer, rows, fill_up_to, seed)
-    if model.config.lexical_exit and "lexical_logits" not in filled.column_names:
-        targets = rows["labels"] if "labels" in rows.column_names else last_answers(model, rows)
+    filled = filled_rows(model, tokenizer, rows, fill_up_to, seed)
+    taught = filled.all
+    if model.config.lexical_exit and "lexical_logits" not in taught.column_names:
+        problem_type = infer_problem_type(model.config.problem_type, model.num_labels, None)
+        labelled = "labels" in rows.column_names
+        targets = rows["labels"] if labelled else as_answers(last_logits(model, tokenizer, rows), problem_type)
         fitted = copy.deepcopy(model.exits[0].state_dict()) if model.exits[0].fitted else None
-        filled = fit_lexical_exit(model, tokenizer, filled, targets, folds=folds, seed=seed)
+        taught = fit_lexical_exit(model, tokenizer, taught, targets, folds=filled.folds, seed=seed)
         if fitted is not None:
             model.exits[0].load_state_dict(fitted)
-    return filled.remove_columns("labels") if "labels" in filled.column_names else filled
+    return replace(filled, all=taught.remove_columns("labels") if "labels" in taught.column_names else taught)
 
 
-def filled_rows(tokenizer: Any, rows: Any, fill_up_to: int, seed: int) -> tuple[Any, Any]:
-    """Rows and, where there are fewer than so many, made-up ones behind them, tokens and no more; and their folds."""
-    if len(rows) >= fill_up_to:
-        return rows, None
+def filled_rows(model: Any, tokenizer: Any, rows: Any, fill_up_to: int, seed: int) -> TeachingRows:
+    """Rows and, where there are fewer than so many, made-up ones behind them, tokens and no more."""
+    most = fill_up_to * (PHRASE_ROWS if model.config.phrase_filters else 1)
+    if len(rows) >= most:
+        return TeachingRows(rows, None, len(rows))
+    given = len(rows)
     tokens = [name for name in tokenizer.model_input_names if name in rows.column_names]
     rows = rows.select_columns(tokens).with_format(None)
     # Pieces of texts that exit 0 is not fitted to in a fold must not come in by another text of the fold.
-    return fill_up(rows, text_folds(rows["input_ids"], seed), special_ids(tokenizer), fill_up_to, seed)
-
-
-def last_answers(model: Any, rows: Any) -> Any:
-    """What the last exit says of tokenized rows, (rows, labels): probabilities, or the values of a regression."""
-    import torch
-    from tqdm.auto import tqdm
-
-    from transformers_badge.model.policy_badge import ExitPolicy
-
-    problem_type = infer_problem_type(model.config.problem_type, model.num_labels, None)
-    at_full_depth = model.early_exit_stream(rows, batch_size=64, policy=ExitPolicy())
-    stacked = [row.logits for row in tqdm(at_full_depth, "answers of the last exit", len(rows), unit="row")]
-    logits = torch.stack(stacked).double()
-    if problem_type == "single_label_classification":
-        logits = logits.softmax(dim=-1)
-    elif problem_type == "multi_label_classification":
-        logits = logits.sigmoid()
-    return logits.numpy()
+    folds = text_folds(rows["input_ids"], seed)
+    return TeachingRows(*fill_up(rows, folds, special_ids(tokenizer), most, seed), max(given, fill_up_to))
