@@ -63,7 +63,7 @@ def blow_up(model: Any) -> Any:
     encoder.intermediate_size *= 2
     encoder.num_hidden_layers *= 2
     source = model.config.to_dict()
-    lexical = ("lexical_exit", "lexical_buckets", "lexical_ngrams", "lexical_ignored_ids")
+    lexical = ("lexical_exit", "lexical_buckets", "lexical_ngrams", "lexical_filters", "lexical_ignored_ids")
     config = BadgeConfig(
         encoder_config=encoder,
         exit_layers=[2 * layer for layer in model.exit_layers],

@@ -7,13 +7,16 @@ it has not seen; what is there already is not made again, so it can be interrupt
 
 Example: python benchmarks/lexical.py --output-dir bench-output
          python benchmarks/lexical.py --data movies --recipe converted (all others stay as docs/records has them)
+         python benchmarks/lexical.py --data products --kind filters (as do its kinds)
          python benchmarks/lexical.py --output-dir bench-output --time demo-output/checkpoint
+         python benchmarks/lexical.py --output-dir bench-output --cost
 """
 
 import argparse
 import itertools
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +33,15 @@ from transformers_badge import BadgeForSequenceClassification, ExitPolicy, ExitT
 from transformers_badge.calibration.fitting import Goal, fit_rule
 from transformers_badge.calibration.replay import agreement, correctness, score_exits, take_exits
 from transformers_badge.demo.job import SPLITS as DEMO_SPLITS
-from transformers_badge.demo.sources import read_reviews
+from transformers_badge.demo.sources import encoder_path, read_reviews
 from transformers_badge.evaluation.curves import cross_fitted_scores, curve, run_thresholds, speedup_at
 from transformers_badge.evaluation.timing import describe_machine, time_in_turns
 
 
 TASKS = [("movies", "taught"), ("products", "taught"), ("tweets", "taught"), ("movies", "converted")]
-KINDS = {"taught": ("with", "without", "plain"), "converted": ("with", "without")}
+# With n-grams and filters at exit 0, with n-grams alone, without exit 0, and with one exit.
+KINDS = {"taught": ("filters", "with", "without", "plain"), "converted": ("filters", "with", "without")}
+FILTERS = 64
 FINE_TUNED = {"with": "exit_0", "without": "taught"}  # kinds that are models of `criteria.py`, and their recipes there
 LOSSES = (0.0, 0.005, 0.01, 0.02)
 AXIS = np.linspace(1.0, 30.0, 600)  # layer speedups
@@ -54,10 +59,11 @@ def table_path(output_dir: Path, data: str, recipe: str, seed: int, kind: str) -
 
 def make_table(data: str, recipe: str, seed: int, kind: str) -> ExitTable:
     """Train one model; converted ones learn from the texts of their source and others."""
+    filters = {"lexical_filters": FILTERS} if kind == "filters" else {}
     if recipe == "converted":
-        return train(data, recipe, seed, all_texts=True, lexical_exit=kind == "with")
-    if kind in FINE_TUNED:
-        return train(data, FINE_TUNED[kind], seed)
+        return train(data, recipe, seed, all_texts=True, lexical_exit=kind != "without", **filters)
+    if kind != "plain":
+        return train(data, FINE_TUNED.get(kind, "exit_0"), seed, **filters)
     texts, labels, (source, others, held_out) = parts_of(data, seed)
     taught = np.concatenate([source, others])
     with tempfile.TemporaryDirectory() as folder:
@@ -161,13 +167,14 @@ def cascade(data: str, seed: int, plain: ExitTable, full: Any) -> dict[str, Any]
     return {"accuracy": round(float(right[:, 0].mean()), 4), **measured}
 
 
-def compare(output_dir: Path, data: str, recipe: str, seed: int) -> dict[str, Any]:
+def compare(output_dir: Path, data: str, recipe: str, seed: int, kinds: Sequence[str]) -> dict[str, Any]:
     """One model with and without exit 0, against the full depth of the model without."""
-    tables = {kind: ExitTable.load(table_path(output_dir, data, recipe, seed, kind)) for kind in KINDS[recipe]}
+    tables = {kind: ExitTable.load(table_path(output_dir, data, recipe, seed, kind)) for kind in kinds}
     full = correctness(tables["without"])[:, -1]
     entry: dict[str, Any] = {"data": data, "recipe": recipe, "seed": seed, "rows": len(full)}
     entry["exit_accuracy"] = {kind: np.round(correctness(t).mean(axis=0), 4).tolist() for kind, t in tables.items()}
-    for kind, criterion in itertools.product(("with", "without"), ("learned", "entropy", "fixed_depth")):
+    with_exits = [kind for kind in kinds if kind != "plain"]
+    for kind, criterion in itertools.product(with_exits, ("learned", "entropy", "fixed_depth")):
         table = tables[kind]
         costs, scored = np.asarray(table.costs), with_criterion(table, criterion)
         entry[f"{kind}, {criterion}"] = measure(costs, correctness(table), full, table.blocks, scored)
@@ -176,9 +183,16 @@ def compare(output_dir: Path, data: str, recipe: str, seed: int) -> dict[str, An
             scored = with_criterion(table, criterion, "disagreement")
             agreed = measure(costs, agreement(table), everyone, table.blocks, scored)
             entry[f"{kind}, {criterion}, agreement"] = agreed
-    if recipe == "taught":
+    if "plain" in tables:
         entry["cascade"] = cascade(data, seed, tables["plain"], full)
     return entry
+
+
+def with_other_kinds(model: dict[str, Any], before: list[dict[str, Any]]) -> dict[str, Any]:
+    """An entry of the record, and what an earlier record has of the same model in other kinds."""
+    same = [old for old in before if all(old[key] == model[key] for key in ("data", "recipe", "seed"))]
+    old = same[0] if same else {"exit_accuracy": {}}
+    return {**old, **model, "exit_accuracy": {**old["exit_accuracy"], **model["exit_accuracy"]}}
 
 
 @torch.no_grad()
@@ -196,6 +210,9 @@ def time_it(checkpoint: Path) -> dict[str, Any]:
     def tokens(batch: list[str]) -> Any:
         return tokenizer(batch, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
 
+    def answer(input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return model.exits[0].answer(model.exits[0](input_ids, mask), input_ids, mask)
+
     record: dict[str, Any] = {"batches": []}
     for size in (1, 32):
         rows = batches(size)
@@ -205,7 +222,7 @@ def time_it(checkpoint: Path) -> dict[str, Any]:
             "transformers": lambda rows=rows: [plain(**tokens(batch)) for batch in rows],
             "tokenization": lambda rows=rows: [tokens(batch) for batch in rows],
             "exit_0": lambda rows=rows: [
-                model.exits[0](inputs["input_ids"], inputs["attention_mask"]) for inputs in map(tokens, rows)
+                answer(inputs["input_ids"], inputs["attention_mask"]) for inputs in map(tokens, rows)
             ],
         }
         layers = torch.cat([output.exit_layer for output in contenders["early_exit"]()]).double()
@@ -221,25 +238,32 @@ def time_it(checkpoint: Path) -> dict[str, Any]:
                 "speedup_over_transformers": timings.speedup("early_exit", "transformers"),
             }
         )
-    record["cost_of_a_block"] = cost_of_exit_0(model)
     return record
 
 
-def cost_of_exit_0(model: Any) -> dict[str, float]:
-    """What exit 0 costs as a share of a block, on 32 rows of 64 tokens."""
+@torch.no_grad()
+def cost_of_exit_0() -> dict[str, Any]:
+    """What exit 0 costs as a share of a block, on 32 rows of 64 tokens: n-grams alone, and with filters beside them."""
+    fields = {"lexical_exit": True, "lexical_filters": FILTERS}
+    model: Any = BadgeForSequenceClassification.from_encoder(encoder_path(), **fields)
+    with_filters = model.exits[0]
+    for weight in with_filters.buffers():
+        weight.normal_()
     ids = torch.randint(1000, 20_000, (32, 64))
     mask = torch.ones_like(ids)
     hidden_states = model.embed(model.begin_padded(ids, None, None, None, None)).hidden_states
     needed = model.adapter.block_arguments(model.encoder, hidden_states, None, None)
-    block, lexical, calls = model.adapter.run_block, model.exits[0], 20
+    block, calls = model.adapter.run_block, 20
     timings = time_in_turns(
         {
-            "exit_0": lambda: [lexical(ids, mask) for _ in range(calls)],
+            "exit_0": lambda: [with_filters(ids, mask) for _ in range(calls)],
+            "filters": lambda: [with_filters.answer(with_filters(ids, mask), ids, mask) for _ in range(calls)],
             "block": lambda: [block(model.encoder, 1, hidden_states, needed) for _ in range(calls)],
         },
         15,
     )
-    return {**timings.speedup("block", "exit_0"), "milliseconds_of_a_block": 1000 * timings.median("block") / calls}
+    costs = {name: timings.speedup("block", name) for name in ("exit_0", "filters")}
+    return {"machine": describe_machine(), **costs, "milliseconds_of_a_block": 1000 * timings.median("block") / calls}
 
 
 def main() -> None:
@@ -249,7 +273,9 @@ def main() -> None:
     data_sets = sorted({data for data, _ in TASKS})
     parser.add_argument("--data", choices=data_sets, help="Only these; the others stay as docs/records has them.")
     parser.add_argument("--recipe", choices=KINDS, help="As --data.")
+    parser.add_argument("--kind", choices=KINDS["taught"], help="Only models of this kind, and those without exit 0.")
     parser.add_argument("--time", type=Path, help="Only time this checkpoint of `transformers-badge demo`.")
+    parser.add_argument("--cost", action="store_true", help="Only time exit 0 against a block.")
     arguments = parser.parse_args()
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     logging.set_verbosity_error()
@@ -257,20 +283,26 @@ def main() -> None:
         record = {"machine": describe_machine(), **time_it(arguments.time)}
         (arguments.output_dir / "lexical_time.json").write_text(json.dumps(record, indent=2) + "\n")
         return
+    if arguments.cost:
+        (arguments.output_dir / "lexical_cost.json").write_text(json.dumps(cost_of_exit_0(), indent=2) + "\n")
+        return
     asked = arguments.data, arguments.recipe
     tasks = [task for task in TASKS if all(one in (None, other) for one, other in zip(asked, task, strict=True))]
-    kinds = [(seed, task, kind) for seed in SEEDS for task in tasks for kind in KINDS[task[1]]]
-    for seed, (data, recipe), kind in tqdm(kinds, unit="model"):
+    only = None if arguments.kind is None else (arguments.kind, "without")
+    kinds = {recipe: [kind for kind in all_ if only is None or kind in only] for recipe, all_ in KINDS.items()}
+    made = [(seed, task, kind) for seed in SEEDS for task in tasks for kind in kinds[task[1]]]
+    for seed, (data, recipe), kind in tqdm(made, unit="model"):
         path = table_path(arguments.output_dir, data, recipe, seed, kind)
         path.parent.mkdir(exist_ok=True)
         if not path.exists():
             make_table(data, recipe, seed, kind).save(path)
     models = [
-        compare(arguments.output_dir, data, recipe, seed)
+        compare(arguments.output_dir, data, recipe, seed, kinds[recipe])
         for (data, recipe), seed in tqdm(list(itertools.product(tasks, SEEDS)), desc="comparing", unit="model")
     ]
-    if tasks != TASKS:
-        models = with_others(models, json.loads(RECORD.read_text())["models"], TASKS)
+    if tasks != TASKS or only is not None:
+        before = json.loads(RECORD.read_text())["models"]
+        models = with_others([with_other_kinds(model, before) for model in models], before, TASKS)
     record = {"losses": LOSSES, "speedups": SPEEDUPS, "splits": SPLITS, "machine": describe_machine(), "models": models}
     (arguments.output_dir / "lexical.json").write_text(json.dumps(record) + "\n")
 

@@ -31,9 +31,26 @@ def span(values: Collection[float], digits: int = 1) -> str:
     return " to ".join(ends)
 
 
+# What kinds of models are called in tables. Those with filters are new: a record need not have them.
+CALLED = {"filters": "n-grams and filters", "with": "n-grams", "without": "without exit 0", "plain": "plain"}
+
+
 def speedups(models: list[dict[str, Any]], name: str, index: int) -> Any:
     """Layer speedup of every model at one of the losses."""
     return np.array([model[name]["speedup_at_loss"][index] for model in models])
+
+
+def over_without(models: list[dict[str, Any]], kind: str, index: int, of: str = "") -> list[str]:
+    """Speedup of a kind, and how many times that is the speedup without exit 0; nothing where it was not measured."""
+    if f"{kind}, learned{of}" not in models[0]:
+        return ["", ""]
+    own, without = (speedups(models, f"{name}, learned{of}", index) for name in (kind, "without"))
+    return [spread(own), f"**{np.mean(own / without):.2f}**"]
+
+
+def measured(record: dict[str, Any]) -> list[str]:
+    """The kinds with exit 0 that a record has."""
+    return [kind for kind in ("with", "filters") if any(f"{kind}, learned" in model for model in record["models"])]
 
 
 def gain_rows(record: dict[str, Any], tasks: list[tuple[str, str]], index: int) -> list[list[str]]:
@@ -41,12 +58,11 @@ def gain_rows(record: dict[str, Any], tasks: list[tuple[str, str]], index: int) 
     rows = []
     for data, recipe in tasks:
         models = of_task(record, data, recipe)
-        own, without = (speedups(models, f"{kind}, learned", index) for kind in ("with", "without"))
-        entropy = speedups(models, "with, entropy", index)
         other = spread(speedups(models, "cascade", index)) if recipe == "taught" else ""
         rows.append(
-            [named(models), spread(without), f"**{spread(own)}**", f"{np.mean(own / without):.2f}",
-             spread(entropy), other]
+            [named(models), spread(speedups(models, "without, learned", index)),
+             *[cell for kind in measured(record) for cell in over_without(models, kind, index)],
+             spread(speedups(models, "with, entropy", index)), other]
         )  # fmt: skip
     return rows
 
@@ -56,7 +72,7 @@ def chosen_rows(record: dict[str, Any], tasks: list[tuple[str, str]], index: int
     rows = []
     for data, recipe in tasks:
         cells = [named(of_task(record, data, recipe))]
-        for name in ("without, learned", "with, learned", "cascade"):
+        for name in ("without, learned", *[f"{kind}, learned" for kind in measured(record)], "cascade"):
             chosen = [model[name]["chosen"] for model in of_task(record, data, recipe) if name in model]
             if chosen:
                 speedup = np.mean([entry["layer_speedup"][index] for entry in chosen])
@@ -81,11 +97,11 @@ def accuracy_rows(record: dict[str, Any], tasks: list[tuple[str, str]]) -> list[
     rows = []
     for data, recipe in tasks:
         models = of_task(record, data, recipe)
-        for kind in ("with", "without", "plain"):
+        for kind, name in CALLED.items():
             if kind in models[0]["exit_accuracy"]:
                 accuracy = 100 * np.mean([model["exit_accuracy"][kind] for model in models], axis=0)
                 blanks = [""] * (7 - len(accuracy))
-                rows.append([named(models), kind, *blanks, *[f"{value:.1f}" for value in accuracy]])
+                rows.append([named(models), name, *blanks, *[f"{value:.1f}" for value in accuracy]])
         if recipe == "taught":
             alone = 100 * np.mean([model["cascade"]["accuracy"] for model in models])
             rows.append([named(models), "TF-IDF and logistic regression", f"{alone:.1f}", *[""] * 6])
@@ -96,9 +112,10 @@ def agreement_rows(record: dict[str, Any]) -> list[list[str]]:
     """Converted classifiers: speedup at so much disagreement, with and without exit 0."""
     models, rows = of_task(record, "movies", "converted"), []
     for index, loss in enumerate(record["losses"]):
-        own, without = (speedups(models, f"{kind}, learned, agreement", index) for kind in ("with", "without"))
         if loss > 0:
-            rows.append([f"{100 * (1 - loss):g} %", spread(without), spread(own), f"{np.mean(own / without):.2f}"])
+            without = spread(speedups(models, "without, learned, agreement", index))
+            given = [cell for kind in measured(record) for cell in over_without(models, kind, index, ", agreement")]
+            rows.append([f"{100 * (1 - loss):g} %", without, *given])
     return rows
 
 
@@ -124,6 +141,11 @@ def time_rows(record: dict[str, Any], blocks: int) -> list[list[str]]:
     return rows
 
 
+def share_of_a_block(cost: dict[str, float]) -> str:
+    """What exit 0 costs, with its spread."""
+    return f"{100 * cost['median']:.2f} % ({100 * cost['min']:.2f} to {100 * cost['max']:.2f})"
+
+
 def fit_rows(record: dict[str, Any]) -> list[list[str]]:
     """A row per fit: how long it took, and its process's peak memory."""
     return [
@@ -136,6 +158,7 @@ def write_exit_zero(
     root: Path,
     record: dict[str, Any],
     times: dict[str, Any],
+    cost: dict[str, Any],
     fits: dict[str, Any],
     demo: dict[str, Any],
     machine: Any,
@@ -143,11 +166,12 @@ def write_exit_zero(
     """Write docs/exit-zero.md."""
     tasks = list(dict.fromkeys((model["data"], model["recipe"]) for model in record["models"]))
     at_one = record["losses"].index(0.01)
+    kinds = [CALLED[kind] for kind in measured(record)]
+    over = [cell for kind in kinds for cell in (kind, "ratio")]
     learned, entropy = (
         np.array([model[f"with, {name}"]["speedup_at_loss"][at_one] for model in record["models"]])
         for name in ("learned", "entropy")
     )
-    cost = times["cost_of_a_block"]
     examples = [
         [entry["text"], entry["label"], ", ".join(f"{ngram} ({weight:+.1f})" for ngram, weight in entry["words"])]
         for entry in demo["examples"]
@@ -156,7 +180,8 @@ def write_exit_zero(
     text = f"""# Exit 0: leave before the first block
 
 Much text is easy for its words alone. With `lexical_exit=True` a model has an exit of depth 0: a linear classifier over hashed n-grams of the token ids, read before the
-embeddings and before any block. Rows that leave there cost next to nothing; every later exit adds its logits, times a gate, to its own.
+embeddings and before any block. Rows that leave there cost next to nothing; every later exit adds its logits, times a gate, to its own. With `lexical_filters=64` small filters over
+word vectors speak there as well.
 
 ```python
 from transformers_badge import BadgeForSequenceClassification, fit_lexical_exit, teach_exits
@@ -177,6 +202,10 @@ teach_exits(model, tokenizer, rows)  # exit 0 joins in
   token embeddings stand behind single tokens, so that words that the training texts do not have are known too. Both end up in one table of weights: nothing of it costs anything later.
   N-grams that occur once are solved for as one per row, which changes no weight and saves much time; of more than 20,000 rows, 20,000 choose the penalty.
 - **Regularisation**, and how much the embeddings say, are chosen on held-out rows, since overconfidence at exit 0 is what hurts. The weights are then held fixed.
+- **Filters** (`lexical_filters`; the default is none) know what up to seven tokens in a row mean, also where they have no n-gram in common with the rows that it was fitted to: a convolution over word vectors
+  (Kim, EMNLP 2014), which are a projection of the encoder's own token embeddings (`training/phrases.py`). They learn what the last exit answers, to the rows and to many made-up texts.
+  How much they count is chosen on held-out rows; where they know nothing of these, they say nothing. Exit 0 alone has them, for the last exit, their teacher, would
+  learn nothing from them. `teach_exits` fits them where there are any, and so does `convert_classifier(..., lexical_exit=True, lexical_filters=64)`.
 - **It joins in after the fine-tuning.** An encoder that learns from rows of which exit 0 speaks already leaves to it what it could find out itself, and all exits are the worse for it.
   So the encoder is fine-tuned as if there were no exit 0. Then its logits are added to the last exit's as they are, for what two say who learnt apart from each other adds up, in
   log-odds (Hinton, ICANN 1999); and the last exit, which now knows more, teaches the others. Their gates stay at 1 too: learnt, they nearly closed, for of the rows that it was fine-tuned on
@@ -186,7 +215,7 @@ teach_exits(model, tokenizer, rows)  # exit 0 joins in
   `make_exit_table` takes them too.
 - It needs `input_ids`. Given `inputs_embeds`, `forward` asks for `lexical_logits` as well.
 - Where words say nothing, hardly a row leaves there: `calibrate` sees that the exit knows nothing, as a test shows, and what is left is the cost of hashing.
-- It costs {100 * cost["median"]:.2f} % ({100 * cost["min"]:.2f} to {100 * cost["max"]:.2f}) of one block of MiniLM for 32 rows of 64 tokens; exit tables count 2 %.
+- It costs {share_of_a_block(cost["exit_0"])} of one block of MiniLM for 32 rows of 64 tokens, and with 64 filters {share_of_a_block(cost["filters"])} (on {machine(cost)}); exit tables count 2 %, and 2.5 % with filters.
 
 How long a fit takes, all of it: counting, choosing the penalty, and what is said of each row by an exit fitted to others (`python benchmarks/fit_lexical.py`, on {machine(fits)}):
 
@@ -204,23 +233,23 @@ taught without labels.
 
 Layer speedup at which no more than one point of accuracy is lost **against the model without exit 0 at full depth** (mean over {2 * record["splits"]} halvings; exit 0 counts 2 % of a block):
 
-{markdown_table(["model", "without exit 0", "with", "ratio", "with, entropy instead of the learned rule", "cascade"], gain_rows(record, tasks, at_one))}
+{markdown_table(["model", "without exit 0", *over, "n-grams, entropy instead of the learned rule", "cascade"], gain_rows(record, tasks, at_one))}
 
 The cascade is the simplest thing to do instead: scikit-learn's TF-IDF with logistic regression (cross-validated), and for the rows of which it is not sure the same encoder fine-tuned plainly; its first
 stage counts nothing.
 
-With exit 0 the learned rule is {np.mean(learned / entropy):.3f} times as fast as entropy (mean over the {len(learned)} models; standard error {np.std(learned / entropy, ddof=1) / np.sqrt(len(learned)):.3f}). Points
-lost at the same layer speedup, mean over all models with exit 0:
+{"" if len(kinds) > 1 else "Filters are new, and not measured here yet. "}With n-grams at exit 0 the learned rule is {np.mean(learned / entropy):.3f} times as fast as entropy (mean over the {len(learned)} models; standard error {np.std(learned / entropy, ddof=1) / np.sqrt(len(learned)):.3f}). Points
+lost at the same layer speedup, mean over all models with n-grams at exit 0:
 
 {markdown_table(["criterion", *[f"{speedup:g}x" for speedup in record["speedups"]]], criterion_rows(record))}
 
 What thresholds give that were chosen for this on one half of the rows, measured on the other: layer speedup, and points lost.
 
-{markdown_table(["model", "without exit 0", "with", "cascade"], chosen_rows(record, tasks, at_one))}
+{markdown_table(["model", "without exit 0", *kinds, "cascade"], chosen_rows(record, tasks, at_one))}
 
 Converted, no labels: layer speedup at which so many answers stay as they are at full depth.
 
-{markdown_table(["answers that stay", "without exit 0", "with", "ratio"], agreement_rows(record))}
+{markdown_table(["answers that stay", "without exit 0", *over], agreement_rows(record))}
 
 To an exit that has to repeat the very answers of the encoder, its errors among them, words are of less help than to one that has to be right. `convert` leaves exit 0 out unless it
 is asked for (`--lexical-exit`).

@@ -12,6 +12,7 @@ Example: python benchmarks/write_docs.py (`make docs`). To renew the records fir
     python benchmarks/guarantee.py                            -> guarantee.json
     python benchmarks/lexical.py                              -> lexical.json
     python benchmarks/lexical.py --time demo-output/checkpoint -> lexical_time.json
+    python benchmarks/lexical.py --cost                       -> lexical_cost.json
     python benchmarks/fit_lexical.py                          -> lexical_fit.json
     python benchmarks/engines.py demo-output/checkpoint       -> engines/benchmark.json as engines.json
         (of demo --full, with --calibration-rows 2000 and every --engine, bf16 too, on a processor with AMX;
@@ -418,7 +419,9 @@ def main() -> None:
     write_bypass()
     criteria = load("criteria")
     write_criteria(ROOT, criteria, load("guarantee"), machine(criteria))
-    write_exit_zero(ROOT, load("lexical"), load("lexical_time"), load("lexical_fit"), demo, machine)
+    write_exit_zero(
+        ROOT, load("lexical"), load("lexical_time"), load("lexical_cost"), load("lexical_fit"), demo, machine
+    )
     runs = ("engines", "engines_one_thread", "engines_amd", "engines_gpu", "regroup", "regroup_gpu", "pruned")
     write_engines(ROOT, {name: load(name) for name in runs}, machine)
     plot_tradeoff(demo, ROOT / "docs" / "images" / "tradeoff.png")
