@@ -63,26 +63,14 @@ def parts_of(data: str, seed: int) -> tuple[list[str], Any, list[Any]]:
     return texts, labels, np.split(order, cuts)
 
 
-def train(data: str, recipe: str, seed: int, **settings: Any) -> ExitTable:
-    """Train one model, and run it over the rows that were held out; the settings are those of `train_model`."""
-    return held_out_table(*train_model(data, recipe, seed, **settings), data, seed)
-
-
-def held_out_table(model: Any, tokenizer: Any, data: str, seed: int) -> ExitTable:
-    """Every exit's answers on the rows that were held out."""
-    texts, labels, (_, _, held_out) = parts_of(data, seed)
-    rows = [texts[row] for row in held_out]
-    return make_exit_table(model, tokenizer, [rows], labels[held_out], max_tokens=MAX_TOKENS)
-
-
-def train_model(data: str, recipe: str, seed: int, all_texts: bool = False, **fields: Any) -> tuple[Any, Any]:
-    """Train one model; it and its tokenizer.
+def train(data: str, recipe: str, seed: int, all_texts: bool = False, **fields: Any) -> ExitTable:
+    """Train one model, and run it over the rows that were held out.
 
     Args:
         all_texts: convert on the texts of the source as well.
         **fields: of `convert_classifier`, or of the model where it is fine-tuned.
     """
-    texts, labels, (source, others, _) = parts_of(data, seed)
+    texts, labels, (source, others, held_out) = parts_of(data, seed)
 
     def pick(rows: Any) -> list[str]:
         return [texts[row] for row in rows]
@@ -122,7 +110,7 @@ def train_model(data: str, recipe: str, seed: int, all_texts: bool = False, **fi
             )
             model = BadgeForSequenceClassification.from_pretrained(folder / "badge")
             tokenizer = AutoTokenizer.from_pretrained(folder / "badge")
-    return model, tokenizer
+        return make_exit_table(model, tokenizer, [pick(held_out)], labels[held_out], max_tokens=MAX_TOKENS)
 
 
 def table_path(output_dir: Path, data: str, recipe: str, seed: int) -> Path:

@@ -183,6 +183,12 @@ def in_threads(work: Callable[[int], None], count: int) -> None:
         list(pool.map(work, range(count)))
 
 
+def all_logits(model: Any, rows: Any) -> torch.Tensor:
+    """What every exit says of each row of a data set, read by itself: (rows, exits, labels)."""
+    with torch.no_grad():
+        return torch.cat([model.eval()(torch.tensor([ids])).exit_logits for ids in rows["input_ids"]])
+
+
 def tiny_tokenizer() -> Any:
     """Words w4 to w99, whose ids are their numbers."""
     names = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", *(f"w{number}" for number in range(4, VOCABULARY))]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tiny import random_rows, tiny_classifier, tiny_model, tiny_tokenizer
+from tiny import all_logits, random_rows, tiny_classifier, tiny_model, tiny_tokenizer
 from transformers_badge import BadgeForSequenceClassification, convert_classifier, fit_lexical_exit, teach_exits
 from transformers_badge.training import phrases
 from transformers_badge.training.fine_tune import fit
@@ -33,11 +33,6 @@ def make_model(**fields):
 def silent(rows, labels=3):
     """Rows of which the n-grams say nothing."""
     return rows.add_column("lexical_logits", [[0.0] * labels] * len(rows))
-
-
-def all_logits(model, rows):
-    with torch.no_grad():
-        return torch.cat([model.eval()(torch.tensor([ids])).exit_logits for ids in rows["input_ids"]])
 
 
 def distance(model, rows):

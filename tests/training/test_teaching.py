@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tiny import random_rows, tiny_model, tiny_tokenizer
+from tiny import all_logits, random_rows, tiny_model, tiny_tokenizer
 from transformers_badge import fit_lexical_exit, teach_exits
 from transformers_badge.training import fine_tune
 from transformers_badge.training.answers import as_answers, last_logits
@@ -22,11 +22,6 @@ def labelled(count=60, seed=0, labels=3):
     masks = [[1] * len(row) for row in ids]
     columns = {"input_ids": ids, "attention_mask": masks, "labels": rng.integers(0, labels, count)}
     return datasets.Dataset.from_dict({"text": ["as it was"] * count, **columns})
-
-
-def all_logits(model, rows):
-    with torch.no_grad():
-        return torch.cat([model.eval()(torch.tensor([ids])).exit_logits for ids in rows["input_ids"]])
 
 
 def distance(logits):

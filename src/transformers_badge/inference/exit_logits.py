@@ -1,6 +1,6 @@
 """Making an exit table: a model is run once, at full depth, over a data set."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,6 @@ from transformers_badge.model.policy_badge import ExitPolicy
 LEXICAL_COST, FILTERS_COST = 0.02, 0.005
 
 
-@torch.no_grad()
 def make_exit_table(
     model: Any,
     tokenizer: Any,
@@ -51,14 +50,41 @@ def make_exit_table(
     Raises:
         ValueError: no rows, a regression model, or labels that do not fit.
     """
-    rows = len(columns[0])
-    if rows == 0:
+    if len(columns[0]) == 0:
         raise ValueError("There are no texts: give at least one.")
     problem_type = infer_problem_type(model.config.problem_type, model.num_labels, None)
     limit = token_limit(model, tokenizer, max_tokens)
     encoded = tokenizer(*[list(column) for column in columns], truncation=True, max_length=limit)
+    return ExitTable(
+        exit_logits=run_every_exit(model, tokenizer, encoded, lexical_logits, batch_size, on_batch),
+        exit_layers=tuple(model.exit_layers),
+        costs=np.array(model.exit_layers) + lexical_cost(model.config),
+        problem_type=problem_type,
+        labels=None if labels is None else np.asarray(labels, dtype=np.int64),
+        lengths=np.array([len(ids) for ids in encoded["input_ids"]], dtype=np.int32),
+        row_digests=digest_rows(columns),
+        label_names=tuple(model.config.id2label[index] for index in range(model.num_labels)),
+        model=digest_model(model),
+    )
+
+
+def lexical_cost(config: Any) -> float:
+    """What the lexical exit of a model costs every row, in blocks; 0 where there is none."""
+    return LEXICAL_COST * bool(config.lexical_exit) + FILTERS_COST * bool(config.phrase_filters)
+
+
+@torch.no_grad()
+def run_every_exit(
+    model: Any,
+    tokenizer: Any,
+    encoded: Mapping[str, Any],
+    lexical_logits: Any | None = None,
+    batch_size: int = 64,
+    on_batch: Callable[[int], Any] = lambda rows: None,
+) -> Any:
+    """Logits (rows, exits, labels), in numpy, of token rows by column; the arguments are those of `make_exit_table`."""
     lengths = np.array([len(ids) for ids in encoded["input_ids"]])
-    exits, order = len(model.exit_layers), np.argsort(lengths, kind="stable")
+    rows, exits, order = len(lengths), len(model.exit_layers), np.argsort(lengths, kind="stable")
     is_double = not isinstance(model, BadgePredictor) and model.dtype == torch.float64
     dtype = np.float64 if is_double else np.float32  # half precision fits float32 exactly
     exit_logits = np.empty((rows, exits, model.num_labels), dtype=dtype)
@@ -69,22 +95,7 @@ def make_exit_table(
             given = None if lexical_logits is None else np.asarray(lexical_logits)[chosen]
             exit_logits[chosen] = _every_exit(model, tokenizer.pad(batch, return_tensors="pt"), given)
             on_batch(len(chosen))
-    return ExitTable(
-        exit_logits=exit_logits,
-        exit_layers=tuple(model.exit_layers),
-        costs=np.array(model.exit_layers) + lexical_cost(model.config),
-        problem_type=problem_type,
-        labels=None if labels is None else np.asarray(labels, dtype=np.int64),
-        lengths=lengths.astype(np.int32),
-        row_digests=digest_rows(columns),
-        label_names=tuple(model.config.id2label[index] for index in range(model.num_labels)),
-        model=digest_model(model),
-    )
-
-
-def lexical_cost(config: Any) -> float:
-    """What the lexical exit of a model costs every row, in blocks; 0 where there is none."""
-    return LEXICAL_COST * bool(config.lexical_exit) + FILTERS_COST * bool(config.phrase_filters)
+    return exit_logits
 
 
 def _every_exit(model: Any, inputs: Any, lexical_logits: Any) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .configuration_badge import BadgeConfig
-from .ngrams_badge import ngram_buckets
+from .ngrams_badge import find_words, ngram_buckets
 from .phrases_badge import VECTOR_SHARE, WINDOW
 
 
@@ -102,7 +102,5 @@ class LexicalExit(nn.Module):
 
     def words(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Where there is neither padding nor a special token, (rows, tokens), bool."""
-        words = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask > 0
-        for ignored in self.config.ignored_ids:
-            words = words & (input_ids != ignored)
+        words: Tensor = find_words(input_ids, attention_mask, self.config.ignored_ids)
         return words

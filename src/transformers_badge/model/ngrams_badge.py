@@ -15,6 +15,14 @@ PRIME = 2**31 - 1
 MULTIPLIERS = (1_103_515_245, 1_664_525_021, 1_540_483_477, 1_812_433_253, 1_013_904_223, 1_566_083_941)
 
 
+def find_words(input_ids: Any, attention_mask: Any, ignored_ids: list[int]) -> Any:
+    """Where there is neither padding nor a special token, bool, of the shape of the ids; of arrays as of tensors."""
+    words = input_ids >= 0 if attention_mask is None else attention_mask > 0  # no id is below 0: all of them
+    for ignored in ignored_ids:
+        words &= input_ids != ignored
+    return words
+
+
 def ngram_buckets(
     input_ids: Array, attention_mask: Array | None, ignored_ids: list[int], ngrams: int, buckets: int
 ) -> Array:
@@ -31,9 +39,7 @@ def ngram_buckets(
     Returns:
         (rows, n-grams), int64; 0 where there is none.
     """
-    words = np.ones(input_ids.shape, dtype=bool) if attention_mask is None else attention_mask > 0
-    for ignored in ignored_ids:
-        words &= input_ids != ignored
+    words: Array = find_words(input_ids, attention_mask, ignored_ids)
     starts = words.copy()
     np.greater(words[:, 1:], words[:, :-1], out=starts[:, 1:])
     width = input_ids.shape[1]
@@ -46,7 +52,7 @@ def ngram_buckets(
         whole = whole[:, : width - n + 1] & words[:, n - 1 :] if n > 1 else words
         sums.append(hashed + (n * MULTIPLIERS[0] - MULTIPLIERS[1]))
         found.append(whole)
-    return (1 + np.concatenate(sums, axis=1) % PRIME % (buckets - 1)) * np.concatenate(found, axis=1)
+    return np.asarray((1 + np.concatenate(sums, axis=1) % PRIME % (buckets - 1)) * np.concatenate(found, axis=1))
 
 
 def ngram_logits(buckets: Array, weight: Array, bias: Array) -> Array:

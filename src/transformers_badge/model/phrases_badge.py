@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
+from .ngrams_badge import find_words
+
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -37,9 +39,7 @@ class PhraseWeights:
 
     def logits(self, input_ids: Array, attention_mask: Array, ignored_ids: list[int]) -> Array:
         """(rows, labels) of token ids (rows, tokens)."""
-        words = attention_mask > 0
-        for ignored in ignored_ids:
-            words &= input_ids != ignored
+        words = find_words(input_ids, attention_mask, ignored_ids)
         rows, tokens = input_ids.shape
         places = tokens + WINDOW - 1  # every place around which there can be a word
         ids = np.full((rows, places + WINDOW - 1), len(self.vectors) - 1)

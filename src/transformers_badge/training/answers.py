@@ -5,34 +5,22 @@ from typing import Any
 import numpy as np
 from scipy.special import expit, softmax
 
+from transformers_badge.inference.exit_logits import run_every_exit
+
 
 Array = np.ndarray[Any, np.dtype[Any]]
-
-_BATCH_SIZE = 64
 
 
 def last_logits(model: Any, tokenizer: Any, rows: Any, show_progress: bool = True) -> Array:
     """Logits (rows, labels), float32, of tokenized rows; with their `lexical_logits`, where they have these."""
-    import torch
     from tqdm.auto import tqdm
 
     names = [name for name in tokenizer.model_input_names if name in rows.column_names]
-    columns = {name: list(rows[name]) for name in names}
     lexical = np.asarray(rows["lexical_logits"], np.float32) if "lexical_logits" in rows.column_names else None
-    order = np.argsort([len(row) for row in columns["input_ids"]], kind="stable")
-    logits, training = np.empty((len(rows), model.num_labels), np.float32), model.training
-    model.eval()
-    with torch.no_grad(), tqdm(total=len(rows), desc="answers of the last exit", disable=not show_progress) as bar:
-        for start in range(0, len(rows), _BATCH_SIZE):
-            chosen = order[start : start + _BATCH_SIZE]
-            batch = {name: [column[row] for row in chosen] for name, column in columns.items()}
-            inputs = tokenizer.pad(batch, return_tensors="pt").to(model.device)
-            if lexical is not None:
-                inputs["lexical_logits"] = torch.from_numpy(lexical[chosen]).to(model.device)
-            logits[chosen] = model(**inputs).logits.float().cpu().numpy()
-            bar.update(len(chosen))
-    model.train(training)
-    return logits
+    columns = {name: list(rows[name]) for name in names}
+    with tqdm(total=len(rows), desc="answers of the last exit", unit="row", disable=not show_progress) as bar:
+        exit_logits: Array = run_every_exit(model, tokenizer, columns, lexical, on_batch=bar.update)
+    return exit_logits[:, -1].astype(np.float32)
 
 
 def as_answers(logits: Array, problem_type: str) -> Array:

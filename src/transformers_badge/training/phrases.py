@@ -9,7 +9,9 @@ from torch.nn import functional as F
 
 from transformers_badge.model.lexical_badge import pool_phrases
 from transformers_badge.model.loss_badge import infer_problem_type
+from transformers_badge.model.ngrams_badge import find_words
 from transformers_badge.model.phrases_badge import VECTOR_SHARE, WINDOW
+from transformers_badge.model.rows_badge import pad_rows
 from transformers_badge.training.answers import last_logits
 from transformers_badge.training.lexical import text_folds
 from transformers_badge.training.recipes import distillation_losses
@@ -56,7 +58,7 @@ def fit_phrases(
     if answers is None:
         answers = last_logits(model, tokenizer, rows, show_progress)
     problem_type = infer_problem_type(model.config.problem_type, model.num_labels, None)
-    data = _Rows(model, tokenizer, rows, answers)
+    data = _Rows(model, rows, answers)
     learning, held_out = (np.flatnonzero(part) for part in (folds != 0, folds == 0))
     # Values of a regression are as large as they are, and weights of a fresh head about 1.
     spread = data.answers[learning].std(dim=0).clamp(min=1e-6) if problem_type == "regression" else 1.0
@@ -75,20 +77,18 @@ def fit_phrases(
 class _Rows:
     """Token rows, and what n-grams and last exit say of them, (rows, labels), float32."""
 
-    def __init__(self, model: Any, tokenizer: Any, rows: Any, answers: Any) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model: Any, rows: Any, answers: Any) -> None:
+        self.model, self.ids = model, list(rows["input_ids"])
         self.lexical = torch.as_tensor(np.asarray(rows["lexical_logits"]), dtype=torch.float32, device=model.device)
         self.answers = torch.as_tensor(answers, dtype=torch.float32, device=model.device)
-        names = [name for name in ("input_ids", "attention_mask") if name in rows.column_names]
-        self.columns = {name: list(rows[name]) for name in names}
-        self.lengths = np.array([len(row) for row in self.columns["input_ids"]])
+        self.lengths = np.array([len(row) for row in self.ids])
 
     def batch(self, chosen: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of these rows ids and words, (rows, tokens), and what n-grams and last exit say."""
-        batch = {name: [column[row] for row in chosen] for name, column in self.columns.items()}
-        inputs = self.tokenizer.pad(batch, return_tensors="pt").to(self.model.device)
-        words = self.model.exits[0].words(inputs["input_ids"], inputs.get("attention_mask"))
-        return inputs["input_ids"], words, self.lexical[chosen], self.answers[chosen]
+        inputs, mask = pad_rows([{"input_ids": self.ids[row]} for row in chosen], padding_id=0)
+        words = find_words(inputs["input_ids"], mask, self.model.config.ignored_ids)
+        ids, inside = (torch.from_numpy(array).to(self.model.device) for array in (inputs["input_ids"], words))
+        return ids, inside, self.lexical[chosen], self.answers[chosen]
 
 
 class PhraseNet(nn.Module):
