@@ -64,6 +64,23 @@ def before_each_stage(monkeypatch):
     return call
 
 
+@pytest.mark.parametrize("fill_up_to", [30, 100])
+def test_exits_see_the_same_rows_with_phrases_and_without(fill_up_to):
+    rows = labelled(60)
+    whole_numbers = datasets.List(datasets.Value("int32"))  # as tokenizers may have them
+    rows = rows.cast_column("input_ids", whole_numbers).cast_column("attention_mask", whole_numbers)
+    found = []
+    for filters in (0, 8):
+        model = tiny_model("bert", lexical_exit=True, lexical_buckets=512, lexical_filters=filters)
+        found.append(teaching_rows(model, tiny_tokenizer(), rows, fill_up_to, seed=3))
+    without, with_phrases = found
+    assert with_phrases.for_exits["input_ids"] == without.for_exits["input_ids"]
+    assert len(without.all) == max(60, fill_up_to)
+    assert len(with_phrases.all) == len(with_phrases.folds) == 3 * fill_up_to
+    texts = [tuple(ids) for ids in with_phrases.all["input_ids"]]
+    assert len(set(texts)) > 0.9 * len(texts), "no text is made twice"
+
+
 def test_the_inner_exits_come_to_answer_as_the_last_which_stays_as_it_is(model):
     rows, others = labelled(), labelled(seed=1)
     before = copy.deepcopy(model.state_dict())

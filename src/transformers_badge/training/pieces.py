@@ -40,7 +40,8 @@ def fill_up(rows: Any, folds: Any, special_ids: Sequence[int], count: int, seed:
         ids, places = _joined(columns["input_ids"], spans, row, other, rng)
         for name, column in columns.items():
             column.append(ids if name == "input_ids" else [column[row][place] for place in places])
-    return datasets.Dataset.from_dict(columns), np.concatenate([folds, folds[first]])
+    made_up = datasets.Dataset.from_dict(columns, features=rows.features)
+    return made_up, np.concatenate([folds, folds[first]])
 
 
 def _runs(special: Any) -> list[tuple[int, int]]:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from transformers_badge.model.loss_badge import infer_problem_type
 from transformers_badge.training.answers import as_answers, last_logits
 from transformers_badge.training.fine_tune import FILL_UP_TO, check_above_zero, run_stage, special_ids
@@ -135,12 +137,23 @@ def teaching_rows(model: Any, tokenizer: Any, rows: Any, fill_up_to: int, seed: 
 
 def filled_rows(model: Any, tokenizer: Any, rows: Any, fill_up_to: int, seed: int) -> TeachingRows:
     """Rows and, where there are fewer than so many, made-up ones behind them, tokens and no more."""
+    from datasets import concatenate_datasets
+
     most = fill_up_to * (PHRASE_ROWS if model.config.phrase_filters else 1)
     if len(rows) >= most:
         return TeachingRows(rows, None, len(rows))
-    given = len(rows)
     tokens = [name for name in tokenizer.model_input_names if name in rows.column_names]
-    rows = rows.select_columns(tokens).with_format(None)
+    rows, special = rows.select_columns(tokens).with_format(None), special_ids(tokenizer)
     # Pieces of texts that exit 0 is not fitted to in a fold must not come in by another text of the fold.
     folds = text_folds(rows["input_ids"], seed)
-    return TeachingRows(*fill_up(rows, folds, special_ids(tokenizer), most, seed), max(given, fill_up_to))
+    filled, filled_folds = fill_up(rows, folds, special, fill_up_to, seed)
+    given, exits = len(rows), len(filled)
+    if exits == most:
+        return TeachingRows(filled, filled_folds, exits)
+    # Those for the phrases alone are drawn apart: the exits see the same rows with phrases and without.
+    more, more_folds = fill_up(rows, folds, special, given + most - exits, seed + 1)
+    return TeachingRows(
+        concatenate_datasets([filled, more.select(range(given, len(more)))]),
+        np.concatenate([filled_folds, more_folds[given:]]),
+        exits,
+    )
