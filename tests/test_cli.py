@@ -70,7 +70,7 @@ def trained(encoder, data, tmp_path_factory):
     done = subprocess.run(
         [sys.executable, "-m", "transformers_badge", "train", encoder, str(data), "--output-dir", str(folder),
          "--epochs", "12", "--learning-rate", "3e-3", "--max-accuracy-drop", "0.45", "--exit-layers", "1,3",
-         "--fill-up-to", "200"],
+         "--fill-up-to", "200", "--lexical-filters", "8"],
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
@@ -84,6 +84,7 @@ def test_train_learns_and_writes_a_checkpoint_with_a_threshold(trained):
     model = BadgeForSequenceClassification.from_pretrained(folder)
     assert model.exit_layers == [0, 1, 3]
     assert model.exits[0].weight.any()
+    assert model.exits[0].phrases.filters.any()
     assert model.config.id2label == {0: "neg", 1: "pos"}
     assert model.config.exit_policy.threshold is not None
     accuracy = float(printed.split("accuracy: ")[1].split()[0])
@@ -95,6 +96,7 @@ def test_train_learns_and_writes_a_checkpoint_with_a_threshold(trained):
     [
         (["--max-accuracy-drop", "3"], "max_accuracy_drop must be a share above 0"),
         (["--max-accuracy-drop", "nan"], "max_accuracy_drop must be a share above 0"),
+        (["--lexical-filters", "5"], "lexical_filters must be 0 or a multiple of 4 from 8, got 5"),
         (["--epochs", "0"], "epochs must be above 0, got 0"),
         (["--learning-rate", "-1"], "learning_rate must be above 0, got -1"),
         (["--new-learning-rate", "nan"], "new_learning_rate must be above 0, got nan"),
@@ -185,11 +187,13 @@ def test_convert_needs_texts_alone_and_predict_takes_what_it_makes(classifier, d
     texts.write_text("\n\n".join(line.split('"')[1] for line in data.read_text().splitlines()[1:]) + "\n")
     folder = tmp_path / "badge"
     options = ["--epochs", "1", "--max-disagreement", "0.3", "--exit-layers", "1,3", "--fill-up-to", "90"]
+    options += ["--lexical-exit", "--lexical-filters", "8"]
     code, printed, err = run(capsys, "convert", classifier, "--texts", texts, "--output-dir", folder, *options)
     assert code == 0, err
     printed = " ".join(printed.split())
     assert "answers as the last exit does" in printed
     assert "On 12 other texts, neither trained on nor used for the threshold" in printed
+    assert BadgeForSequenceClassification.from_pretrained(folder).exits[0].phrases.filters.any()
     code, printed, err = run(capsys, "predict", folder, data, "--output", tmp_path / "answers.jsonl")
     assert code == 0, err
     assert {json.loads(line)["label"] for line in (tmp_path / "answers.jsonl").read_text().splitlines()} <= {

@@ -22,6 +22,9 @@ def convert(
     lexical_exit: Annotated[
         bool, typer.Option(help="An exit before the first block, which reads the words alone; docs/exit-zero.md.")
     ] = False,
+    lexical_filters: Annotated[
+        int, typer.Option(min=0, help="Filters over word vectors at that exit, such as 64; 0: none.")
+    ] = 0,
     bypass_size: Annotated[int | None, typer.Option(help="Width of the bypasses; 0: none. Default: hidden/3.")] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the texts.")] = 3,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of bypasses and exits.")] = 1e-3,
@@ -82,6 +85,7 @@ def convert(
         exit_layers=depths,
         bypass_size=bypass_size,
         lexical_exit=lexical_exit,
+        lexical_filters=lexical_filters,
     )
     console, rows = Console(), report["rows"]
     exits = Table("exit", *[str(layer) for layer in report["exit_layers"]])

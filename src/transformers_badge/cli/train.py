@@ -30,6 +30,9 @@ def train(
     lexical_exit: Annotated[
         bool, typer.Option(help="An exit before the first block, which reads the words alone.")
     ] = True,
+    lexical_filters: Annotated[
+        int, typer.Option(min=0, help="Filters over word vectors at that exit, such as 64; 0: none.")
+    ] = 0,
     bypass_size: Annotated[int | None, typer.Option(help="Width of the bypasses; 0: none. Default: hidden/3.")] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the training rows.")] = 3,
     fill_up_to: Annotated[
@@ -89,6 +92,7 @@ def train(
         exit_layers=layers,
         bypass_size=bypass_size,
         lexical_exit=lexical_exit,
+        lexical_filters=lexical_filters,
         problem_type="regression" if rows.names is None else "single_label_classification",
         **names,
     )
