@@ -210,9 +210,6 @@ def time_it(checkpoint: Path) -> dict[str, Any]:
     def tokens(batch: list[str]) -> Any:
         return tokenizer(batch, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
 
-    def answer(input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return model.exits[0].answer(model.exits[0](input_ids, mask), input_ids, mask)
-
     record: dict[str, Any] = {"batches": []}
     for size in (1, 32):
         rows = batches(size)
@@ -222,7 +219,7 @@ def time_it(checkpoint: Path) -> dict[str, Any]:
             "transformers": lambda rows=rows: [plain(**tokens(batch)) for batch in rows],
             "tokenization": lambda rows=rows: [tokens(batch) for batch in rows],
             "exit_0": lambda rows=rows: [
-                answer(inputs["input_ids"], inputs["attention_mask"]) for inputs in map(tokens, rows)
+                model.exits[0](inputs["input_ids"], inputs["attention_mask"]) for inputs in map(tokens, rows)
             ],
         }
         layers = torch.cat([output.exit_layer for output in contenders["early_exit"]()]).double()
@@ -244,10 +241,12 @@ def time_it(checkpoint: Path) -> dict[str, Any]:
 @torch.no_grad()
 def cost_of_exit_0() -> dict[str, Any]:
     """What exit 0 costs as a share of a block, on 32 rows of 64 tokens: n-grams alone, and with filters beside them."""
-    fields = {"lexical_exit": True, "lexical_filters": FILTERS}
-    model: Any = BadgeForSequenceClassification.from_encoder(encoder_path(), **fields)
-    with_filters = model.exits[0]
-    for weight in with_filters.buffers():
+    models: Any = [
+        BadgeForSequenceClassification.from_encoder(encoder_path(), lexical_exit=True, lexical_filters=filters)
+        for filters in (0, FILTERS)
+    ]
+    model, (ngrams, with_filters) = models[0], [model.exits[0] for model in models]
+    for weight in itertools.chain(ngrams.buffers(), with_filters.buffers()):
         weight.normal_()
     ids = torch.randint(1000, 20_000, (32, 64))
     mask = torch.ones_like(ids)
@@ -256,8 +255,8 @@ def cost_of_exit_0() -> dict[str, Any]:
     block, calls = model.adapter.run_block, 20
     timings = time_in_turns(
         {
-            "exit_0": lambda: [with_filters(ids, mask) for _ in range(calls)],
-            "filters": lambda: [with_filters.answer(with_filters(ids, mask), ids, mask) for _ in range(calls)],
+            "exit_0": lambda: [ngrams(ids, mask) for _ in range(calls)],
+            "filters": lambda: [with_filters(ids, mask) for _ in range(calls)],
             "block": lambda: [block(model.encoder, 1, hidden_states, needed) for _ in range(calls)],
         },
         15,

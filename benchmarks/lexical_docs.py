@@ -204,13 +204,15 @@ teach_exits(model, tokenizer, rows)  # exit 0 joins in
 - **Regularisation**, and how much the embeddings say, are chosen on held-out rows, since overconfidence at exit 0 is what hurts. The weights are then held fixed.
 - **Filters** (`lexical_filters`; the default is none) know what up to seven tokens in a row mean, also where they have no n-gram in common with the rows that it was fitted to: a convolution over word vectors
   (Kim, EMNLP 2014), which are a projection of the encoder's own token embeddings (`training/phrases.py`). They learn what the last exit answers, to the rows and to many made-up texts.
-  How much they count is chosen on held-out rows; where they know nothing of these, they say nothing. Exit 0 alone has them, for the last exit, their teacher, would
-  learn nothing from them. `teach_exits` fits them where there are any, and so does `convert_classifier(..., lexical_exit=True, lexical_filters=64)`.
+  How much they count is chosen on held-out rows; where they know nothing of these, they say nothing. What they say enters the later exits too, but not the last: it taught them, and is
+  only made surer by them. `teach_exits` fits them where there are any, and so do `convert_classifier(..., lexical_exit=True, lexical_filters=64)`
+  and `--lexical-filters 64` of `train` and `convert`.
 - **It joins in after the fine-tuning.** An encoder that learns from rows of which exit 0 speaks already leaves to it what it could find out itself, and all exits are the worse for it.
   So the encoder is fine-tuned as if there were no exit 0. Then its logits are added to the last exit's as they are, for what two say who learnt apart from each other adds up, in
   log-odds (Hinton, ICANN 1999); and the last exit, which now knows more, teaches the others. Their gates stay at 1 too: learnt, they nearly closed, for of the rows that it was fine-tuned on
   the encoder knows more than it will of others. In a converted classifier, whose encoder has seen none of the texts, gates learn. In a regression values do not add up: there the later exits stay without.
 - **`lexical_logits`**: on the rows that it was fitted to, exit 0 looks better than it is. `fit_lexical_exit` returns what an exit fitted to the other four fifths says of each row.
+  With filters it has two columns for each label (`config.lexical_columns`), what n-grams say and what filters say, which learn later.
   In training `forward` lets exit 0 into the later exits only where it is given these: `teach_exits` does, and for a joint training train on the rows that `fit_lexical_exit` returns.
   `make_exit_table` takes them too.
 - It needs `input_ids`. Given `inputs_embeds`, `forward` asks for `lexical_logits` as well.

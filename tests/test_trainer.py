@@ -166,7 +166,10 @@ def test_lora_trains_the_exits_too_and_is_saved_and_merged(tmp_path, options):
     model = lora(base, modules_to_save=fresh_modules(base), **options)
     start = copy.deepcopy(model.state_dict())
     run = trainer(model, tmp_path, learning_rate=1e-2)
-    run.data_collator = lambda rows: {**collate(rows), "lexical_logits": torch.tensor([[1.0, -1.0]] * len(rows))}
+    run.data_collator = lambda rows: {
+        **collate(rows),
+        "lexical_logits": torch.tensor([[1.0, -1.0, 0.5, 0.0]] * len(rows)),
+    }
     run.train()
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, start[name])}
     assert all(name.split(".")[2] != "encoder" or ".lora_" in name for name in moved)

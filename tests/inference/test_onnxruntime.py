@@ -239,7 +239,7 @@ def test_rowwise_int8_does_not_mix_rows_as_onnxruntimes_own_does(traced, tmp_pat
         given = {
             "hidden_states": hidden_states,
             "attention_mask": np.ones((rows, 6), np.int64),
-            "lexical_logits": np.zeros((rows, 3), np.float32),
+            "lexical_logits": np.zeros((rows, 6), np.float32),
             "bypass_state": np.zeros((rows, 32), np.float32),
             "position_ids": np.tile(np.arange(6), (rows, 1)),
         }

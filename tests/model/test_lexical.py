@@ -177,12 +177,12 @@ def test_later_exits_learn_with_exit_0_where_it_is_given_and_it_stays(known):
     before = copy.deepcopy(model.state_dict())
     batch = {**pad(random_rows(LENGTHS)), "labels": torch.tensor([0, 1, 2, 0, 1, 2, 0])}
     if known:
-        batch["lexical_logits"] = torch.randn(len(LENGTHS), 3)
+        batch["lexical_logits"] = torch.randn(len(LENGTHS), 6)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     torch.manual_seed(0)
     loss = model(**batch).loss
     torch.manual_seed(0)
-    without = model(**{**batch, "lexical_logits": torch.zeros(len(LENGTHS), 3)}).loss
+    without = model(**{**batch, "lexical_logits": torch.zeros(len(LENGTHS), 6)}).loss
     assert torch.equal(loss, without) != known
     loss.backward()
     optimizer.step()
@@ -227,15 +227,15 @@ def test_inputs_embeds_without_ids_are_a_plain_error():
         model(inputs_embeds=embeddings)
     with pytest.raises(ValueError, match="The lexical exit reads input_ids"):
         model.early_exit_predict(inputs_embeds=embeddings)
-    assert model(inputs_embeds=embeddings, lexical_logits=torch.zeros(2, 3)).exit_logits.shape == (2, 5, 3)
+    assert model(inputs_embeds=embeddings, lexical_logits=torch.zeros(2, 6)).exit_logits.shape == (2, 5, 3)
 
 
 @pytest.mark.parametrize(
     ("lexical_logits", "error", "message"),
     [
         ([[0.0]], TypeError, "must be a tensor, got list"),
-        (torch.zeros(2, 2), ValueError, r"must have the shape \(7, 3\), got \(2, 2\)"),
-        (torch.full((7, 3), torch.nan), ValueError, "must be finite"),
+        (torch.zeros(2, 2), ValueError, r"must have the shape \(7, 6\), got \(2, 2\)"),
+        (torch.full((7, 6), torch.nan), ValueError, "must be finite"),
     ],
 )
 def test_bad_lexical_logits_are_a_plain_error(lexical_logits, error, message):

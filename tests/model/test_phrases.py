@@ -38,13 +38,11 @@ def phrases_in_plain_python(phrases, ids, special):
 
 
 def said(model, batch):
-    """By torch, and by numpy as the engines have it."""
-    lexical = model.exits[0]
-    nothing = torch.zeros(len(batch["input_ids"]), model.num_labels)
+    """What phrases say, by torch, and by numpy as the engines have it."""
     with torch.no_grad():
-        by_torch = lexical.answer(nothing, **batch).numpy()
+        by_torch = model.exits[0](**batch).numpy()
     ids, mask = (batch[name].numpy() for name in ("input_ids", "attention_mask"))
-    return by_torch, LexicalWeights.of(model).answer(nothing.numpy(), ids, mask)
+    return by_torch[:, 3:], LexicalWeights.of(model).logits(ids, mask)[:, 3:]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -67,15 +65,17 @@ def test_where_there_are_no_words_nothing_is_said(model):
         assert np.array_equal(found, np.zeros((1, 3)))
 
 
-def test_exit_0_alone_has_them(model):
+def test_what_they_say_enters_every_exit_but_the_last(model):
     batch = pad(random_rows(LENGTHS))
     silent = copy.deepcopy(model)
     silent.exits[0].phrases.weight.zero_()
     with torch.no_grad():
         speaking, without = model(**batch).exit_logits, silent(**batch).exit_logits
         left = model.early_exit_predict(**batch, threshold=float("inf"))
-    assert torch.equal(speaking[:, 1:], without[:, 1:])
-    assert np.allclose((speaking - without)[:, 0].numpy(), said(model, batch)[0], atol=1e-6)
+    gates = [1.0, *(exit_.lexical_gate.weight.item() for exit_ in model.exits[1:-1]), 0.0]
+    expected = np.array(gates)[:, None] * said(model, batch)[0][:, None]
+    assert np.allclose((speaking - without).numpy(), expected, atol=1e-5)
+    assert torch.equal(speaking[:, -1], without[:, -1])
     assert (left.exit_layer == 0).all()
     assert torch.allclose(left.logits, speaking[:, 0], atol=1e-6)
 
@@ -85,7 +85,11 @@ def test_fresh_ones_say_nothing_and_none_is_a_choice():
     none = BadgeForSequenceClassification(tiny_config("bert", lexical_exit=True, lexical_filters=0)).eval()
     assert not any(buffer.any() for buffer in fresh.exits[0].phrases.buffers())
     assert none.exits[0].phrases is None
-    assert LexicalWeights.of(fresh).phrases is None, "an engine need not ask them"
+    batch = pad(random_rows(LENGTHS))
+    for found in said(fresh, batch):
+        assert not found.any()
+    assert fresh.exits[0](**batch).shape == (len(LENGTHS), 6)
+    assert none.exits[0](**batch).shape == (len(LENGTHS), 3)
     assert not any("phrases" in name for name in none.state_dict())
 
 
@@ -118,27 +122,17 @@ def test_they_follow_the_vocabulary(model, tmp_path, size):
             assert np.array_equal(found, np.zeros((1, 3)))
 
 
-def test_of_embeddings_there_is_nothing_to_read(model):
-    batch = pad(random_rows(LENGTHS))
-    embeds = model.get_input_embeddings()(batch["input_ids"])
-    lexical_logits = torch.randn(len(LENGTHS), 3)
-    with torch.no_grad():
-        given = model(inputs_embeds=embeds, attention_mask=batch["attention_mask"], lexical_logits=lexical_logits)
-    assert torch.equal(given.exit_logits[:, 0], lexical_logits)
-
-
 @pytest.mark.parametrize("text", ["w50 w60 w12 w70 w12", "w9", ("w40 w50", "w60 w14")])
 def test_an_explanation_adds_up_to_what_the_exit_says(model, text):
     everything = explain_lexical_exit(model, tiny_tokenizer(), [text], top=1000)[0]
     texts = [text] if isinstance(text, str) else list(text)
     ids = torch.tensor([[int(word[1:]) for part in texts for word in part.split()]])
     with torch.no_grad():
-        exit_ = model.exits[0]
-        logits = exit_.answer(exit_(ids, None), ids, None)[0]
-        quiet = exit_(ids, None)[0]
-    assert not torch.allclose(logits, quiet, atol=1e-3), "the filters say something"
+        said_ = model.exits[0](ids, None)[0]
+    logits = said_[:3] + said_[3:]
+    assert (said_[3:].abs() > 1e-3).any(), "the filters say something"
     answer = int(logits.argmax())
-    margin = logits - exit_.bias
+    margin = logits - model.exits[0].bias
     others = (margin.sum() - margin[answer]) / 2
     # Only what speaks for the answer is listed: no less than what is left of it in the end.
     assert sum(weight for _, weight in everything) >= float(margin[answer] - others) - 1e-4

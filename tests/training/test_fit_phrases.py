@@ -32,7 +32,7 @@ def make_model(**fields):
 
 def silent(rows, labels=3):
     """Rows of which the n-grams say nothing."""
-    return rows.add_column("lexical_logits", [[0.0] * labels] * len(rows))
+    return rows.add_column("lexical_logits", [[0.0] * (2 * labels)] * len(rows))
 
 
 def distance(model, rows):
@@ -60,8 +60,9 @@ def test_exit_0_comes_to_answer_new_rows_as_the_last_exit_does():
 def test_where_there_is_nothing_to_learn_they_say_nothing():
     model, rows = make_model(), silent(make_rows(400))
     noise = np.random.default_rng(0).normal(size=(400, 3)).astype(np.float32) * 3
-    fit_phrases(model, tiny_tokenizer(), rows, answers=noise, show_progress=False)
+    found = fit_phrases(model, tiny_tokenizer(), rows, answers=noise, show_progress=False)
     assert not model.exits[0].phrases.weight.any()
+    assert not np.asarray(found["lexical_logits"]).any()
     # Negative control: with answers that words explain they do.
     told = np.array([[3.0 * (ids.count(50) > 0), 0.0, 0.0] for ids in rows["input_ids"]], np.float32)
     fit_phrases(model, tiny_tokenizer(), rows, answers=told, show_progress=False)
@@ -78,6 +79,34 @@ def test_what_the_ngrams_say_they_need_not_say_again():
         fit_phrases(model, tiny_tokenizer(), known, answers=told, show_progress=False)
         sizes.append(float(model.exits[0].phrases.weight.norm()))
     assert sizes[1] < 0.5 * sizes[0]
+
+
+def test_what_is_said_of_a_row_was_learnt_from_others():
+    rng, folds = np.random.default_rng(0), np.arange(1000) % 5
+    ids = (4 + rng.integers(0, 40, (1000, 8))).tolist()
+    has_60, apart = rng.random(1000) < 0.5, np.isin(folds, (1, 2))
+    for row, second in zip(ids, has_60, strict=True):
+        row[3] = 60 if second else 50
+    # The first word tells the first label everywhere; the second tells the second label, but in two folds the first.
+    told = np.eye(3, dtype=np.float32)[(has_60 & ~apart).astype(int)] * 4
+    ngrams = rng.normal(size=(1000, 3)).astype(np.float32) * 0.1
+    rows, model = datasets.Dataset.from_dict({"input_ids": ids}), make_model()
+    given = rows.add_column("lexical_logits", list(ngrams))
+    found = fit_phrases(model, tiny_tokenizer(), given, folds, told, show_progress=False)
+    assert found["input_ids"] == rows["input_ids"]
+    words, phrases_ = np.split(np.asarray(found["lexical_logits"]), 2, axis=1)
+    assert np.allclose(words, ngrams), "as they were"
+    with torch.no_grad():
+        kept = np.concatenate([model.exits[0](torch.tensor([row]), None).numpy() for row in ids])[:, 3:]
+
+    def margin(logits):
+        mine = has_60 & apart
+        return float((logits[mine, 0] - logits[mine, 1]).mean())
+
+    assert margin(phrases_) < -0.5, "what other folds say, and not these"
+    assert margin(kept) > margin(phrases_) + 0.5, "negative control: what is kept has learnt from these too"
+    # But not from fold 0: of its rows it says what it would say of new ones.
+    assert np.allclose(phrases_[folds == 0], kept[folds == 0], atol=1e-5)
 
 
 @pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
@@ -111,15 +140,20 @@ def test_rows_beyond_what_is_of_use_are_left_alone(monkeypatch):
         return ask(model, tokenizer, rows, show_progress)
 
     monkeypatch.setattr(phrases, "last_logits", counted)
-    fit_phrases(make_model(), tiny_tokenizer(), silent(make_rows(400)), show_progress=False)
+    model, rows = make_model(), make_rows(400)
+    found = fit_phrases(model, tiny_tokenizer(), silent(rows), show_progress=False)
     assert seen == [100], "50 to learn from, and 50 to weigh by"
+    said = all_logits(model, rows)[:, 0].numpy()
+    same = np.isclose(np.asarray(found["lexical_logits"])[:, 3:], said, atol=1e-5).all(axis=1)
+    assert same.sum() >= 350, "of those left alone, and those it was weighed by, what it says of new ones"
 
 
 def test_without_filters_there_is_nothing_to_do():
     for fields in ({"lexical_filters": 0}, {"lexical_exit": False}):
         model = tiny_model("bert", **{"lexical_exit": True, **fields})
         before = copy.deepcopy(model.state_dict())
-        fit_phrases(model, tiny_tokenizer(), make_rows(20), show_progress=False)
+        rows = make_rows(20)
+        assert fit_phrases(model, tiny_tokenizer(), rows, show_progress=False) is rows
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -133,9 +167,9 @@ def test_other_words_make_them_silent():
 def test_a_recipe_and_teaching_fit_them_to_more_rows_than_exits_see(tmp_path, monkeypatch):
     seen, learn = [], phrases._learn
 
-    def counted(net, data, rows, *more):
+    def counted(data, rows, *more):
         seen.append(len(rows))
-        learn(net, data, rows, *more)
+        return learn(data, rows, *more)
 
     monkeypatch.setattr(phrases, "_learn", counted)
     rows, model = make_rows(60, labels=3), make_model()
@@ -146,8 +180,9 @@ def test_a_recipe_and_teaching_fit_them_to_more_rows_than_exits_see(tmp_path, mo
     taught = teach_exits(model, tiny_tokenizer(), rows, fill_up_to=100, epochs=1, seed=1)
     assert len(taught) == 100
     assert not torch.equal(model.exits[0].phrases.filters, before)
-    assert len(seen) == 2
-    assert all(200 < count < 300 for count in seen), "of 300, without those of one fold"
+    assert len(seen) == 6
+    assert all(200 < count < 300 for count in seen[::3]), "of 300, without those of one fold"
+    assert all(120 < count < 240 for count in [*seen[1:3], *seen[4:6]]), "and without those of two"
 
 
 def test_a_converted_classifier_has_them_too(tmp_path):

@@ -34,6 +34,7 @@ def converted(folder, family="bert", **fields):
         {"bypass_size": 0, "exit_layers": [2, 4]},
         {"bypass_size": 0, "bypass_reads": "block_input"},
         {"lexical_exit": True, "exit_layers": [0, 2, 4]},
+        {"lexical_exit": True, "lexical_filters": 8},
     ],
     ids=str,
 )
@@ -43,7 +44,8 @@ def test_logits_and_gradients_are_those_of_the_encoder(tmp_path, kind, fields):
     assert can_keep(model)
     batches = BATCHES
     if model.config.lexical_exit:
-        batches = [{**batch, "lexical_logits": torch.randn(len(batch["input_ids"]), 3)} for batch in BATCHES]
+        columns = model.config.lexical_columns
+        batches = [{**batch, "lexical_logits": torch.randn(len(batch["input_ids"]), columns)} for batch in BATCHES]
     rows = keep_states(model, batches, 5, tmp_path / "states.npy")
     assert rows.states.shape == (5, len(model.exit_layers), 32)
     assert [path.name for path in tmp_path.glob("states*")] == ["states.npy"]

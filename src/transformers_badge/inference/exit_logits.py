@@ -38,8 +38,8 @@ def make_exit_table(
         tokenizer: the tokenizer of its encoder.
         columns: one list of texts, or two for pairs.
         labels: (rows,) class indices, or (rows, labels) of 0 and 1. Default: none.
-        lexical_logits: (rows, labels), to stand for what the n-grams of the lexical exit say; of rows that it was
-            fitted to, what `fit_lexical_exit` returns.
+        lexical_logits: (rows, `config.lexical_columns`), to stand for what the lexical exit says; of rows that it was
+            fitted to, what `fit_lexical_exit` or `teach_exits` returns.
         max_tokens: longer texts are cut. Default: what encoder and tokenizer take.
         batch_size: rows per batch; texts of similar length share one.
         on_batch: called with the number of rows that were run, after each batch.

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from transformers_badge.model.phrases_badge import WINDOW
+from transformers_badge.model.phrases_badge import WINDOW, with_phrases
 
 
 def explain_lexical_exit(
@@ -39,7 +39,7 @@ def explain_lexical_exit(
         columns = [[text]] if isinstance(text, str) else [[part] for part in text]
         ids = tokenizer(*columns, truncation=True, max_length=limit, return_tensors="pt")["input_ids"].to(model.device)
         with torch.no_grad():
-            logits = lexical.answer(lexical(ids, None), ids, None)[0]
+            logits = with_phrases(lexical(ids, None), model.num_labels)[0]
             parts = [*_ngrams(lexical, ids), *_phrases(lexical, ids)]
         answer, labels = int(logits.argmax()), len(logits)
         total: dict[str, float] = {}

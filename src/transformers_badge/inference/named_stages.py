@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from transformers_badge.model.ngrams_badge import ngram_buckets, ngram_logits
-from transformers_badge.model.phrases_badge import PhraseWeights
+from transformers_badge.model.phrases_badge import PhraseWeights, with_phrases
 from transformers_badge.model.rows_badge import join_rows, pad_rows
 
 
@@ -44,7 +44,7 @@ class LexicalWeights:
         hashing: what `ngram_buckets` needs to know: ignored_ids, ngrams, buckets.
         weight: of the n-grams, (buckets, labels); that of bucket 0, which is none, is 0.
         bias: (labels,).
-        phrases: the filters, if there are any that say something.
+        phrases: the filters, if there are any.
     """
 
     hashing: Mapping[str, Any]
@@ -69,7 +69,7 @@ class LexicalWeights:
             KeyError: something is missing.
         """
         phrases = None
-        if "phrases.weight" in stored and stored["phrases.weight"].any():
+        if "phrases.weight" in stored:
             phrases = PhraseWeights(**{field.name: stored[f"phrases.{field.name}"] for field in fields(PhraseWeights)})
         return cls(hashing, stored["weight"], stored["bias"], phrases)
 
@@ -79,14 +79,12 @@ class LexicalWeights:
         return {"weight": self.weight, "bias": self.bias, **{f"phrases.{name}": a for name, a in phrases.items()}}
 
     def logits(self, input_ids: Array, attention_mask: Array) -> Array:
-        """What the n-grams say, (rows, labels), of token ids (rows, tokens)."""
-        return ngram_logits(ngram_buckets(input_ids, attention_mask, **self.hashing), self.weight, self.bias)
-
-    def answer(self, lexical_logits: Array, input_ids: Array, attention_mask: Array) -> Array:
-        """The exit's logits (rows, labels), of what the n-grams say."""
+        """What n-grams and phrases say of token ids (rows, tokens), side by side."""
+        said = ngram_logits(ngram_buckets(input_ids, attention_mask, **self.hashing), self.weight, self.bias)
         if self.phrases is None:
-            return lexical_logits
-        return lexical_logits + self.phrases.logits(input_ids, attention_mask, self.hashing["ignored_ids"])
+            return said
+        phrases = self.phrases.logits(input_ids, attention_mask, self.hashing["ignored_ids"])
+        return np.concatenate([said, phrases], axis=1)
 
 
 class NamedStages(ABC):
@@ -157,7 +155,7 @@ class NamedStages(ABC):
         if self.exit_layers[exit_index]:
             return state["logits"]
         assert self._lexical is not None
-        return self._lexical.answer(state["lexical_logits"], state["input_ids"], state["attention_mask"])
+        return with_phrases(state["lexical_logits"], len(self._lexical.bias))
 
     def compact(self, state: NamedState, rows: Array | None, columns: slice, padded: bool) -> NamedState:
         """Keep these rows (`None`: all) and token columns."""

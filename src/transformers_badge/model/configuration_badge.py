@@ -59,7 +59,7 @@ class BadgeConfig(PreTrainedConfig):
             token ids. Every later exit adds its logits to its own, times a gate; but a source head does not. It
             has to be fitted (`fit_lexical_exit`), best before the model is fine-tuned.
         lexical_filters: how many filters over the vectors of seven tokens in a row the lexical exit has besides, a
-            multiple of 4; 0: none. They learn from the last exit (`teach_exits`), and later exits do not add them.
+            multiple of 4; 0: none. They learn from the last exit (`teach_exits`), which does not add what they say.
         lexical_buckets: how many buckets n-grams are hashed into; the exit has so many weights per label.
         lexical_ngrams: up to how many tokens an n-gram has, from 1 to 4.
         lexical_ignored_ids: token ids that belong to no n-gram and part the texts of a pair. Default: the special
@@ -179,6 +179,12 @@ class BadgeConfig(PreTrainedConfig):
     def phrase_filters(self) -> int:
         """How many filters there are at exit 0; 0 where there is no such exit."""
         return self.lexical_filters if self.lexical_exit else 0
+
+    @property
+    def lexical_columns(self) -> int:
+        """The columns of `lexical_logits`: what n-grams say, one per label; with filters behind it what these say."""
+        labels: int = self.num_labels
+        return labels * (2 if self.phrase_filters else 1)
 
     @property
     def ignored_ids(self) -> list[int]:

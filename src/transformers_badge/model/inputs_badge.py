@@ -59,7 +59,7 @@ def check_lexical(lexical_logits: Any, input_ids: Any, shape: tuple[int, int], l
     """Check what the lexical exit needs.
 
     Args:
-        shape: (rows, labels).
+        shape: (rows, `lexical_columns`).
 
     Raises:
         TypeError: lexical_logits is not a tensor.

@@ -3,9 +3,8 @@
     words  = bias + sum of the weights of a row's n-grams / sqrt(number of them)
     z_0    = words + phrases                                   see `phrases_badge`
 
-What the n-grams say, learnt from labels apart from the encoder, enters the later exits too. The filters are taught by
-the last exit, to which they have nothing to add. All weights are buffers: they are fitted in one go
-(`training.lexical`, `training.phrases`), and the fine-tuning leaves them as they are.
+Both enter the later exits too; but the last one, which teaches the phrases, has the words alone. All weights are
+buffers: they are fitted in one go (`training.lexical`, `training.phrases`), and the fine-tuning leaves them alone.
 """
 
 from typing import Any
@@ -86,19 +85,15 @@ class LexicalExit(nn.Module):
         return ngram_buckets(ids, mask, **self.hashing)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """What the n-grams say, logits (rows, labels), of token ids (rows, tokens)."""
+        """What n-grams and phrases say of token ids (rows, tokens), side by side: (rows, `lexical_columns`)."""
         buckets = self.buckets(input_ids, attention_mask)
         ngrams = torch.from_numpy(buckets).to(self.weight.device)
         total = F.embedding_bag(ngrams, self.weight, mode="sum", padding_idx=0)
         count = np.maximum((buckets > 0).sum(axis=1, keepdims=True), 1)
-        return self.bias + total / torch.from_numpy(np.sqrt(count)).to(total)
-
-    def answer(self, lexical_logits: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
-        """The exit's logits (rows, labels), of what the n-grams say; that alone where there are no ids to read."""
-        if self.phrases is None or input_ids is None:
-            return lexical_logits
-        said: Tensor = self.phrases(input_ids, self.words(input_ids, attention_mask))
-        return lexical_logits + said
+        said: Tensor = self.bias + total / torch.from_numpy(np.sqrt(count)).to(total)
+        if self.phrases is not None:
+            said = torch.cat([said, self.phrases(input_ids, self.words(input_ids, attention_mask))], dim=1)
+        return said
 
     def words(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Where there is neither padding nor a special token, (rows, tokens), bool."""

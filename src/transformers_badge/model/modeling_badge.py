@@ -6,7 +6,8 @@
     b_m = b_{m-1} + up_m(gelu(down_m(norm(p_m + b_{m-1}))))
     z_m = head_m(p_m + b_m)             exit m's logits
 
-With a lexical exit z_0 is its logits, and every later exit adds gate_m * z_0 to its own; see `lexical_badge`.
+With a lexical exit z_0 is its logits, and every later exit adds gate_m * z_0 to its own, the last without the
+phrases; see `lexical_badge`.
 
 Block-wise bypasses and divergence-based exiting are from Zhu et al., ACL 2023 Industry Track, doi
 10.18653/v1/2023.acl-industry.48. What the bypass reads, its width and the loss weights are choices of this project.
@@ -140,7 +141,7 @@ class BadgeForSequenceClassification(BadgePreTrainedModel, BadgeStages):
             BadgeExit(config, with_norm=self.adapter.pre_norm) if layer else LexicalExit(config)
             for layer in self.exit_layers[:-1]
         )
-        self.exits.append(source_head or BadgeExit(config, with_norm=False))
+        self.exits.append(source_head or BadgeExit(config, with_norm=False, last=True))
         self.bypass_layers = config.bypass_layers
         self.bypasses = nn.ModuleList(
             BadgeBypass(config.hidden_size, config.bypass_size or 0) for _ in self.bypass_layers
@@ -262,8 +263,8 @@ class BadgeForSequenceClassification(BadgePreTrainedModel, BadgeStages):
             position_ids: (rows, tokens). Default: counted from each row's first token.
             inputs_embeds: (rows, tokens, hidden), instead of input_ids.
             labels: (rows,) int64, or (rows, labels) float for multi-label and regression.
-            lexical_logits: (rows, labels), to stand for what the n-grams of the lexical exit say: of rows that it was
-                fitted to, what `fit_lexical_exit` returns, or the later exits would learn to trust it too much. In
+            lexical_logits: (rows, `config.lexical_columns`), to stand for what the lexical exit says: of rows that it
+                was fitted to, what `fit_lexical_exit` returns, or the later exits would learn to trust it too much. In
                 training mode the later exits learn without it unless these are given.
             output_attentions: for callers that always pass it, as peft does; `True` is an error.
             output_hidden_states: also return h_0 to h_L. Default: what the config says.

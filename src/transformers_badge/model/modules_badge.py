@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from .configuration_badge import BadgeConfig
 from .encoders_badge import first_token
 from .loss_badge import infer_problem_type
+from .phrases_badge import with_phrases
 
 
 class ZeroInitLinear(nn.Linear):
@@ -17,17 +18,20 @@ class LexicalGate(nn.Module):
     """Adds the lexical exit's logits to those of a later exit, times one number that is learnt.
 
     It starts at 1: what two say who learnt from labels apart from each other adds up, in log-odds (Hinton, ICANN 1999).
-    Values do not, so that it starts at 0 in a regression.
+    Values do not, so that it starts at 0 in a regression. Phrases have learnt from the last exit, to which they add
+    nothing: there the n-grams count alone.
     """
 
-    def __init__(self, start: float = 1.0) -> None:
+    def __init__(self, start: float = 1.0, ngrams_alone: bool = False) -> None:
         super().__init__()
-        self.start = start
+        self.start, self.ngrams_alone = start, ngrams_alone
         self.weight = nn.Parameter(torch.full((1,), start))
 
     def forward(self, logits: Tensor, lexical_logits: Tensor) -> Tensor:
-        """Both of the shape (rows, labels)."""
-        return logits + self.weight * lexical_logits
+        """Logits (rows, labels), and what the lexical exit says, (rows, `lexical_columns`)."""
+        labels = logits.shape[1]
+        lexical = lexical_logits[:, :labels] if self.ngrams_alone else with_phrases(lexical_logits, labels)
+        return logits + self.weight * lexical
 
 
 class BadgeBypass(nn.Module):
@@ -52,14 +56,14 @@ class BadgeBypass(nn.Module):
 class BadgeExit(nn.Module):
     """The classifier after a block: norm (where the stream is not normalised), pool, classify."""
 
-    def __init__(self, config: BadgeConfig, with_norm: bool) -> None:
+    def __init__(self, config: BadgeConfig, with_norm: bool, last: bool = False) -> None:
         super().__init__()
         self.pooling = config.pooling
         self.norm = nn.LayerNorm(config.hidden_size) if with_norm else nn.Identity()
         if self.pooling == "attention":
             self.query = ZeroInitLinear(config.hidden_size, 1, bias=False)
         regression = infer_problem_type(config.problem_type, config.num_labels, None) == "regression"
-        self.lexical_gate = LexicalGate(0.0 if regression else 1.0) if config.lexical_exit else None
+        self.lexical_gate = LexicalGate(0.0 if regression else 1.0, last) if config.lexical_exit else None
         self.dropout = nn.Dropout(config.exit_dropout)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
 
@@ -81,7 +85,7 @@ class BadgeExit(nn.Module):
         return torch.bmm(weights, tokens)[:, 0]
 
     def forward(self, pooled: Tensor, lexical_logits: Tensor | None = None) -> Tensor:
-        """Logits (rows, labels) from pooled rows (rows, hidden), and from what the lexical exit says (rows, labels)."""
+        """Logits (rows, labels) from pooled rows (rows, hidden), and from what the lexical exit says."""
         logits: Tensor = self.classifier(self.dropout(pooled))
         return logits if self.lexical_gate is None else self.lexical_gate(logits, lexical_logits)
 

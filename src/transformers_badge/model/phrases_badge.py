@@ -23,6 +23,11 @@ WINDOW = 7  # tokens that a filter sees
 VECTOR_SHARE = 4  # times as many filters as a vector has components: wide windows of short vectors cost least
 
 
+def with_phrases(said: Any, labels: int) -> Any:
+    """What exit 0 answers, (rows, labels), of what its parts say side by side (`BadgeConfig.lexical_columns`)."""
+    return said if said.shape[1] == labels else said[:, :labels] + said[:, labels:]
+
+
 @dataclass(frozen=True)
 class PhraseWeights:
     """What `lexical_badge.Phrases` holds, in numpy.
@@ -39,6 +44,8 @@ class PhraseWeights:
 
     def logits(self, input_ids: Array, attention_mask: Array, ignored_ids: list[int]) -> Array:
         """(rows, labels) of token ids (rows, tokens)."""
+        if not self.weight.any():
+            return np.zeros((len(input_ids), self.weight.shape[1]), self.weight.dtype)
         words = find_words(input_ids, attention_mask, ignored_ids)
         rows, tokens = input_ids.shape
         places = tokens + WINDOW - 1  # every place around which there can be a word

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from .inputs_badge import check_inputs, check_lexical
 from .modules_badge import scale_gradient
 from .outputs_badge import BlockState
+from .phrases_badge import with_phrases
 from .rows_badge import join_rows, pad_rows
 
 
@@ -79,7 +80,7 @@ class BadgeStages:
                 lexical_logits = lexical_logits.to(lexical.weight.dtype)
             elif self.training:
                 tokens: Any = input_ids if input_ids is not None else inputs_embeds
-                lexical_logits = lexical.bias.new_zeros(len(tokens), self.num_labels)
+                lexical_logits = lexical.bias.new_zeros(len(tokens), self.config.lexical_columns)
             else:
                 lexical_logits = lexical(input_ids, attention_mask)
         return BlockState(inputs, attention_mask, position_ids, lexical_logits)
@@ -141,7 +142,7 @@ class BadgeStages:
         """Logits (rows, labels) of exit `exit_index` (from 0)."""
         exit_: Any = self.exits[exit_index]
         if state.hidden_states is None:
-            return exit_.answer(state.lexical_logits, state.inputs["input_ids"], state.attention_mask)  # type: ignore[no-any-return]
+            return with_phrases(state.lexical_logits, self.num_labels)  # type: ignore[no-any-return]
         if state.pooled is not None:
             return exit_(state.pooled, state.lexical_logits)  # type: ignore[no-any-return]
         # The last exit reads the encoder alone, through its final norm.
@@ -219,7 +220,8 @@ class BadgeStages:
         config = self.config.get_text_config()
         check_inputs(input_ids, attention_mask, inputs_embeds, config.vocab_size, self.max_tokens)
         tokens: Tensor = input_ids if inputs_embeds is None else inputs_embeds
-        check_lexical(lexical_logits, input_ids, (len(tokens), self.num_labels), self.config.lexical_exit)
+        shape = len(tokens), self.config.lexical_columns
+        check_lexical(lexical_logits, input_ids, shape, self.config.lexical_exit)
         return tokens
 
     def _attention_mask(self, mask: Any) -> Tensor | None:

@@ -129,7 +129,7 @@ def convert_classifier(
         if labels is not None:  # half and half, as for the other exits
             answers = (answers + np.eye(model.num_labels)[np.asarray(labels)[taught]]) / 2
         lexed = fit_lexical_exit(model, tokenizer, filled.all, answers, folds=filled.folds, seed=seed)
-        fit_phrases(model, tokenizer, lexed, filled.folds, logits, seed=seed)
+        lexed = fit_phrases(model, tokenizer, lexed, filled.folds, logits, seed=seed)
         lexical_logits = lexed[: len(taught)]["lexical_logits"]
         filled = replace(filled, all=lexed)
     taught_rows = filled.for_exits

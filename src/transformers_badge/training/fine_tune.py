@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,7 @@ def fit(
         rows = fit_lexical_exit(model, tokenizer, rows, seed=seed)
     for stage in stages:
         if taught is not None and stage.filled:
-            fit_phrases(model, tokenizer, taught.all, taught.folds, seed=seed)
+            taught = replace(taught, all=fit_phrases(model, tokenizer, taught.all, taught.folds, seed=seed))
             rows = taught.for_exits
             if not may_learn:
                 continue

@@ -69,7 +69,9 @@ def can_keep(model: Any) -> bool:
     config = model.config
     on_rows = config.bypass_reads == "pooled" or not config.bypass_size
     fixed = config.pooling != "attention" and not model.adapter.pre_norm  # else query or norm see every token
-    return bool(config.frozen and on_rows and fixed and 2 * config.num_labels <= config.hidden_size)
+    return bool(
+        config.frozen and on_rows and fixed and config.num_labels + config.lexical_columns <= config.hidden_size
+    )
 
 
 @contextmanager
@@ -100,7 +102,7 @@ def keep_states(model: Any, dataloader: Any, rows: int, path: Path) -> KeptRows:
     from tqdm.auto import tqdm
 
     labels = model.num_labels
-    lexical = slice(labels, 2 * labels) if model.config.lexical_exit else None
+    lexical = slice(labels, labels + model.config.lexical_columns) if model.config.lexical_exit else None
     if path.exists():
         return KeptRows(path, lexical)
     model.eval()

@@ -143,7 +143,8 @@ def fit_lexical_exit(
                 lexical(torch.from_numpy(ids).to(model.device), torch.from_numpy(mask).to(model.device)).float().cpu()
                 for ids, mask in _padded(rows.select(others)["input_ids"])
             ]
-            logits[others] = torch.cat(answered).numpy()
+            logits[others] = torch.cat(answered)[:, : model.num_labels].numpy()
+    logits = np.pad(logits, ((0, 0), (0, model.config.lexical_columns - model.num_labels)))
     if "lexical_logits" in rows.column_names:
         rows = rows.remove_columns("lexical_logits")
     return rows.add_column("lexical_logits", list(logits.astype(np.float32)))

@@ -17,8 +17,12 @@ from transformers_badge.training.lexical import text_folds
 from transformers_badge.training.recipes import distillation_losses
 
 
+Array = np.ndarray[Any, np.dtype[Any]]
+
 MOST_ROWS = 50_000  # that are learnt from: more would hardly teach more
 EPOCHS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 6, 32, 1e-3, 0.05
+# Folds that a net does not see, so that there is one to say something of each that it has not seen. The first is kept.
+HELD_OUT = ((0,), (1, 2), (3, 4))
 DROPOUT = 0.4  # of what the filters found; half as much of the vectors
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of what the phrases say, of which the best for rows held out is taken
 _MIXED = 50  # batches of similar length are cut from so many batches of random rows
@@ -33,7 +37,7 @@ def fit_phrases(
     *,
     seed: int = 0,
     show_progress: bool = True,
-) -> None:
+) -> Any:
     """Fit the phrases of a model's exit 0 to what its last exit answers; the rest of the model stays as it is.
 
     The vectors start from the encoder's token embeddings, so that phrases of words that the rows do not have are known
@@ -42,65 +46,84 @@ def fit_phrases(
     Args:
         model: a fine-tuned `BadgeForSequenceClassification`. Without phrases there is nothing to do.
         tokenizer: of its encoder.
-        rows: a `datasets.Dataset` with `input_ids`, not padded, and `lexical_logits`. Many: made-up ones will do
-            (`pieces.fill_up`), and without these little is gained.
-        folds: (rows,), whole numbers; those of fold 0 are held out. Default: at random, but equal rows together.
+        rows: a `datasets.Dataset` with `input_ids`, not padded, and `lexical_logits`, as `fit_lexical_exit` has them.
+            Many: made-up ones will do (`pieces.fill_up`), and without these little is gained.
+        folds: (rows,), whole numbers from 0 to 4; the rows of a fold are held out together. Default: at random, but
+            equal rows together.
         answers: logits of the last exit, (rows, labels). Default: it is asked.
         seed: of everything random.
+
+    Returns:
+        The rows; in their `lexical_logits` stands also what phrases fitted to other rows say of each.
     """
     if not model.config.phrase_filters:
-        return
+        return rows
     rng = np.random.default_rng(seed)
     folds = text_folds(rows["input_ids"], seed) if folds is None else np.asarray(folds)
-    chosen = np.concatenate([rng.permutation(np.flatnonzero(part))[:MOST_ROWS] for part in (folds != 0, folds == 0)])
-    if len(chosen) < len(rows):
-        rows, folds, answers = rows.select(chosen), folds[chosen], None if answers is None else answers[chosen]
-    if answers is None:
-        answers = last_logits(model, tokenizer, rows, show_progress)
+    weighed = np.isin(folds, HELD_OUT[0])
+    chosen = np.sort(
+        np.concatenate([rng.permutation(np.flatnonzero(part))[:MOST_ROWS] for part in (~weighed, weighed)])
+    )
+    seen = rows.select(chosen)
+    answers = last_logits(model, tokenizer, seen, show_progress) if answers is None else np.asarray(answers)[chosen]
     problem_type = infer_problem_type(model.config.problem_type, model.num_labels, None)
-    data = _Rows(model, rows, answers)
-    learning, held_out = (np.flatnonzero(part) for part in (folds != 0, folds == 0))
-    # Values of a regression are as large as they are, and weights of a fresh head about 1.
-    spread = data.answers[learning].std(dim=0).clamp(min=1e-6) if problem_type == "regression" else 1.0
-    devices = [] if model.device.type == "cpu" else [model.device]
-    with torch.random.fork_rng(devices, device_type=model.device.type if devices else "cuda"):
-        torch.manual_seed(seed)
-        net = PhraseNet(model).to(model.device)
-        _learn(net, data, learning, spread, problem_type, rng, show_progress)
-    says = torch.cat([net(*data.batch(chunk)[:2]) for chunk in _chunks(held_out, 512)]) * spread
-    losses = [
-        _loss(data.lexical[held_out] + share * says, data.answers[held_out], problem_type).item() for share in SHARES
-    ]
-    net.write(model.exits[0].phrases, SHARES[int(np.argmin(losses))] * spread)
+    ngrams = np.asarray(rows["lexical_logits"], np.float32)[:, : model.num_labels]
+    data = _Rows(model, seen["input_ids"], ngrams[chosen], answers)
+
+    phrases, nets = np.zeros_like(ngrams), []
+    for held_out in HELD_OUT:
+        apart = np.isin(folds[chosen], held_out)
+        devices = [] if model.device.type == "cpu" else [model.device]
+        with torch.random.fork_rng(devices, device_type=model.device.type if devices else "cuda"):
+            torch.manual_seed(seed)
+            nets.append(_learn(data, np.flatnonzero(~apart), problem_type, rng, show_progress))
+        phrases[chosen[apart]] = _answers(nets[-1], model, seen.select(np.flatnonzero(apart)))
+    others = np.setdiff1d(np.arange(len(rows)), chosen)
+    phrases[others] = _answers(nets[0], model, rows.select(others))
+
+    ours = np.flatnonzero(weighed[chosen])
+    said = torch.from_numpy(phrases[chosen[ours]]).to(model.device)
+    losses = [_loss(data.ngrams[ours] + share * said, data.answers[ours], problem_type).item() for share in SHARES]
+    share = SHARES[int(np.argmin(losses))]
+    nets[0].write(model.exits[0].phrases, share)
+    return rows.remove_columns("lexical_logits").add_column(
+        "lexical_logits", list(np.concatenate([ngrams, share * phrases], axis=1))
+    )
 
 
 class _Rows:
     """Token rows, and what n-grams and last exit say of them, (rows, labels), float32."""
 
-    def __init__(self, model: Any, rows: Any, answers: Any) -> None:
-        self.model, self.ids = model, list(rows["input_ids"])
-        self.lexical = torch.as_tensor(np.asarray(rows["lexical_logits"]), dtype=torch.float32, device=model.device)
+    def __init__(self, model: Any, input_ids: Any, ngrams: Array, answers: Array) -> None:
+        self.model, self.ids = model, list(input_ids)
+        self.ngrams = torch.as_tensor(ngrams, dtype=torch.float32, device=model.device)
         self.answers = torch.as_tensor(answers, dtype=torch.float32, device=model.device)
         self.lengths = np.array([len(row) for row in self.ids])
 
-    def batch(self, chosen: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def batch(self, chosen: Array) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of these rows ids and words, (rows, tokens), and what n-grams and last exit say."""
-        inputs, mask = pad_rows([{"input_ids": self.ids[row]} for row in chosen], padding_id=0)
-        words = find_words(inputs["input_ids"], mask, self.model.config.ignored_ids)
-        ids, inside = (torch.from_numpy(array).to(self.model.device) for array in (inputs["input_ids"], words))
-        return ids, inside, self.lexical[chosen], self.answers[chosen]
+        return *_tokens(self.model, [self.ids[row] for row in chosen]), self.ngrams[chosen], self.answers[chosen]
+
+
+def _tokens(model: Any, ids: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Padded ids, and which of them are words, (rows, tokens)."""
+    inputs, mask = pad_rows([{"input_ids": row} for row in ids], padding_id=0)
+    words = find_words(inputs["input_ids"], mask, model.config.ignored_ids)
+    return torch.from_numpy(inputs["input_ids"]).to(model.device), torch.from_numpy(words).to(model.device)
 
 
 class PhraseNet(nn.Module):
     """The phrases while they learn: their vectors are a projection of the encoder's token embeddings."""
 
     embeddings: Tensor
+    spread: Tensor
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, spread: Tensor) -> None:
         super().__init__()
         embeddings = model.get_input_embeddings().weight.detach().float()
         embeddings = embeddings - embeddings.mean(dim=0)
         self.register_buffer("embeddings", embeddings / embeddings.std().clamp(min=1e-12))
+        self.register_buffer("spread", spread)  # of the answers, (labels,): weights of a fresh head are about 1
         filters, size = model.config.lexical_filters, model.config.lexical_filters // VECTOR_SHARE
         self.project = nn.Linear(embeddings.shape[1], size - 1)  # one component of a vector is a constant
         self.filter = nn.Linear(WINDOW * size, filters, bias=False)
@@ -111,22 +134,26 @@ class PhraseNet(nn.Module):
         """Logits (rows, labels)."""
         vectors = F.pad(self.vector_dropout(self.project(self.embeddings[input_ids])), (0, 1), value=1.0)
         vectors = F.pad(vectors * words[..., None], (0, 0, WINDOW - 1, WINDOW - 1))
-        return self.head(self.dropout(pool_phrases(vectors, words, self.filter.weight.t())))  # type: ignore[no-any-return]
+        found = self.dropout(pool_phrases(vectors, words, self.filter.weight.t()))
+        return self.head(found) * self.spread  # type: ignore[no-any-return]
 
     @torch.no_grad()
-    def write(self, phrases: Any, scale: Any) -> None:
-        """Put it into a model, with what it says times a number, or one per label."""
+    def write(self, phrases: Any, share: float) -> None:
+        """Put it into a model, with what it says times a number."""
         phrases.vectors[:-1] = F.pad(self.project(self.embeddings), (0, 1), value=1.0).to(phrases.vectors)
         phrases.filters.copy_(self.filter.weight.t())
-        phrases.weight.copy_(self.head.weight.t() * scale)
+        phrases.weight.copy_(self.head.weight.t() * self.spread * share)
 
 
-def _learn(
-    net: PhraseNet, data: _Rows, rows: Any, spread: Any, problem_type: str, rng: Any, show_progress: bool
-) -> None:
-    """Fit the net to these rows."""
+def _learn(data: _Rows, rows: Array, problem_type: str, rng: Any, show_progress: bool) -> PhraseNet:
+    """A net fitted to these rows."""
     from tqdm.auto import tqdm
 
+    answers = data.answers[rows]
+    # Values of a regression are as large as they are.
+    regression = problem_type == "regression"
+    spread = answers.std(dim=0).clamp(min=1e-6) if regression else torch.ones_like(answers[0])
+    net = PhraseNet(data.model, spread).to(data.model.device)
     steps = EPOCHS * -(-len(rows) // BATCH_SIZE)
     optimizer = torch.optim.AdamW(net.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
@@ -134,15 +161,22 @@ def _learn(
     with torch.enable_grad(), tqdm(total=steps, desc="phrases", unit="step", disable=not show_progress) as bar:
         for _ in range(EPOCHS):
             for chunk in _batches_by_length(rng.permutation(rows), data.lengths, rng):
-                input_ids, words, lexical, answers = data.batch(chunk)
-                says = lexical + net(input_ids, words) * spread
+                input_ids, words, ngrams, answers = data.batch(chunk)
+                says = ngrams + net(input_ids, words)
                 loss = _loss(says / spread, answers / spread, problem_type)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 schedule.step()
                 bar.update(1)
-    net.eval().requires_grad_(False)
+    return net.eval().requires_grad_(False)
+
+
+def _answers(net: PhraseNet, model: Any, rows: Any) -> Array:
+    """What a net says of rows, (rows, labels), float32."""
+    chunks = _chunks(np.arange(len(rows)), 512)
+    said = [net(*_tokens(model, rows.select(chunk)["input_ids"])).cpu().numpy() for chunk in chunks]
+    return np.concatenate([np.zeros((0, model.num_labels), np.float32), *said])
 
 
 def _loss(says: Tensor, answers: Tensor, problem_type: str) -> Tensor:

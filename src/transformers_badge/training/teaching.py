@@ -69,8 +69,7 @@ def teach_exits(
     if model.config.lexical_exit and not model.exits[0].fitted:
         raise ValueError("Exit 0 has not been fitted: call fit_lexical_exit, best before the model is fine-tuned.")
     taught = teaching_rows(model, tokenizer, rows, fill_up_to, seed)
-    fit_phrases(model, tokenizer, taught.all, taught.folds, seed=seed)
-    rows = taught.for_exits
+    rows = replace(taught, all=fit_phrases(model, tokenizer, taught.all, taught.folds, seed=seed)).for_exits
     if learning:
         with tempfile.TemporaryDirectory() as folder:
             run_stage(
