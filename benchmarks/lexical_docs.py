@@ -240,7 +240,7 @@ Layer speedup at which no more than one point of accuracy is lost **against the 
 The cascade is the simplest thing to do instead: scikit-learn's TF-IDF with logistic regression (cross-validated), and for the rows of which it is not sure the same encoder fine-tuned plainly; its first
 stage counts nothing.
 
-{"" if len(kinds) > 1 else "Filters are new, and not measured here yet. "}With n-grams at exit 0 the learned rule is {np.mean(learned / entropy):.3f} times as fast as entropy (mean over the {len(learned)} models; standard error {np.std(learned / entropy, ddof=1) / np.sqrt(len(learned)):.3f}). Points
+{"" if all("filters, learned" in model for model in record["models"]) else "Filters are new: where nothing is said of them, they have not been measured yet. "}With n-grams at exit 0 the learned rule is {np.mean(learned / entropy):.3f} times as fast as entropy (mean over the {len(learned)} models; standard error {np.std(learned / entropy, ddof=1) / np.sqrt(len(learned)):.3f}). Points
 lost at the same layer speedup, mean over all models with n-grams at exit 0:
 
 {markdown_table(["criterion", *[f"{speedup:g}x" for speedup in record["speedups"]]], criterion_rows(record))}
