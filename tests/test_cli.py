@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 from tiny import exporting
 from transformers_badge import BadgeForSequenceClassification, ExitTable
 from transformers_badge.cli import main
-from transformers_badge.inference.exit_logits import LEXICAL_COST
+from transformers_badge.inference.exit_logits import lexical_cost
 
 
 @pytest.fixture(scope="module")
@@ -329,13 +329,14 @@ def test_calibrate_writes_policy_certificate_and_card_and_pipelines_use_them(che
     after = files_of(checkpoint)
     assert {name for name in after if after[name] != before[name]} == {"config.json", "README.md"}
     assert summary in after["README.md"].decode()
-    policy = BadgeForSequenceClassification.from_pretrained(checkpoint).config.exit_policy
+    config = BadgeForSequenceClassification.from_pretrained(checkpoint).config
+    policy = config.exit_policy
     assert policy.criterion == "learned"
     assert (policy.certificate["rows"], policy.certificate["rows_searched"]) == (320, 0)  # the rule was there already
     texts = [line.split(",")[0] for line in traffic.read_text().splitlines()[1:]]
     classify = pipeline("text-classification", model=str(checkpoint), trust_remote_code=True)
     layers = [answer["exit_layer"] for answer in classify(texts, batch_size=32)]
-    speedup = (3 + LEXICAL_COST) / (np.mean(layers) + LEXICAL_COST)
+    speedup = (3 + lexical_cost(config)) / (np.mean(layers) + lexical_cost(config))
     assert speedup == pytest.approx(policy.certificate["observed"]["layer_speedup"])
     assert 0 in layers
 
