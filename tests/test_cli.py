@@ -416,7 +416,7 @@ def test_bad_calibrations_are_named_and_the_checkpoint_is_untouched(checkpoint, 
     assert "confidence must be between 0 and 1" in calibrate(traffic, "--confidence", "95")
     assert "risk must be one of 'disagreement', 'error_increase'" in calibrate(traffic, "--risk", "f1")
     assert "criterion must be one of" in calibrate(traffic, "--criterion", "vibes")
-    assert "target_speedup must be at most 151.00" in calibrate(traffic, "--target-speedup", "200")
+    assert "target_speedup must be at most 121.00" in calibrate(traffic, "--target-speedup", "200")
     (tmp_path / "texts.txt").write_text("a good film\n" * 40)
     assert "needs labels" in calibrate(tmp_path / "texts.txt", "--risk", "error_increase")
     (tmp_path / "one.csv").write_text("text,label\n" + "a good film,pos\n" * 40)

@@ -96,7 +96,7 @@ def unused_sizes(model: Any) -> tuple[int, int]:
     config = model.config.get_text_config()
     taken = {size for tensor in model.state_dict().values() for size in tensor.shape}
     taken |= {value for value in config.to_dict().values() if isinstance(value, int)}
-    taken.add(config.hidden_size // config.num_attention_heads)
+    taken |= {config.hidden_size // config.num_attention_heads, model.config.lexical_columns}
     rows, tokens = [size for size in range(2, len(taken) + 4) if size not in taken][:2]
     return rows, tokens
 
