@@ -122,6 +122,15 @@ def test_they_follow_the_vocabulary(model, tmp_path, size):
             assert np.array_equal(found, np.zeros((1, 3)))
 
 
+def test_of_embeddings_there_is_nothing_to_read(model):
+    batch = pad(random_rows(LENGTHS))
+    embeds = model.get_input_embeddings()(batch["input_ids"])
+    lexical_logits = torch.randn(len(LENGTHS), 6)
+    with torch.no_grad():
+        given = model(inputs_embeds=embeds, attention_mask=batch["attention_mask"], lexical_logits=lexical_logits)
+    assert torch.equal(given.exit_logits[:, 0], lexical_logits[:, :3] + lexical_logits[:, 3:])
+
+
 @pytest.mark.parametrize("text", ["w50 w60 w12 w70 w12", "w9", ("w40 w50", "w60 w14")])
 def test_an_explanation_adds_up_to_what_the_exit_says(model, text):
     everything = explain_lexical_exit(model, tiny_tokenizer(), [text], top=1000)[0]
