@@ -46,9 +46,7 @@ class BlockState:
     inputs: dict[str, Tensor | None]  # input_ids or inputs_embeds, token_type_ids; empty once the rows are embedded
     attention_mask: Tensor | None  # (rows, tokens); None: no padding
     position_ids: Tensor | None  # (rows or 1, tokens)
-    lexical_logits: Tensor | None = (
-        None  # (rows, `lexical_columns`), what the lexical exit says; None where there is none
-    )
+    lexical_logits: Tensor | None = None  # (rows, `lexical_columns`), what the lexical exit says, if there is one
     hidden_states: Tensor | None = None  # (rows, tokens, hidden), h: the encoder's stream; None before the embedding
     bypass_state: Tensor | None = None  # b, (rows, hidden), or of the shape of h; None stands for zeros
     pooled: Tensor | None = None  # (rows, hidden), what the exit here classifies; None where there is none

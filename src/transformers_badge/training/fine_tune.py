@@ -2,7 +2,6 @@
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,9 +149,8 @@ def fit(
         ValueError: there is no such recipe.
     """
     from transformers_badge.training.lexical import fit_lexical_exit
-    from transformers_badge.training.phrases import fit_phrases
     from transformers_badge.training.recipes import get_recipe
-    from transformers_badge.training.teaching import teaching_rows
+    from transformers_badge.training.teaching import fit_phrases_first, teaching_rows
 
     may_learn = any(model.config.loss_weights[:-1])  # or there is no inner exit, or none that is to learn
     may_be_taught = may_learn or model.config.phrase_filters
@@ -166,8 +164,7 @@ def fit(
         rows = fit_lexical_exit(model, tokenizer, rows, seed=seed)
     for stage in stages:
         if taught is not None and stage.filled:
-            taught = replace(taught, all=fit_phrases(model, tokenizer, taught.all, taught.folds, seed=seed))
-            rows = taught.for_exits
+            rows = fit_phrases_first(model, tokenizer, taught, seed)
             if not may_learn:
                 continue
         trainer = run_stage(

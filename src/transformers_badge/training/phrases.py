@@ -71,15 +71,15 @@ def fit_phrases(
     data = _Rows(model, seen["input_ids"], ngrams[chosen], answers)
 
     phrases, nets = np.zeros_like(ngrams), []
+    devices = [] if model.device.type == "cpu" else [model.device]
     for held_out in HELD_OUT:
         apart = np.isin(folds[chosen], held_out)
-        devices = [] if model.device.type == "cpu" else [model.device]
         with torch.random.fork_rng(devices, device_type=model.device.type if devices else "cuda"):
             torch.manual_seed(seed)
             nets.append(_learn(data, np.flatnonzero(~apart), problem_type, rng, show_progress))
-        phrases[chosen[apart]] = _answers(nets[-1], model, seen.select(np.flatnonzero(apart)))
+        phrases[chosen[apart]] = _answers(nets[-1], model, [data.ids[row] for row in np.flatnonzero(apart)])
     others = np.setdiff1d(np.arange(len(rows)), chosen)
-    phrases[others] = _answers(nets[0], model, rows.select(others))
+    phrases[others] = _answers(nets[0], model, rows.select(others)["input_ids"])
 
     ours = np.flatnonzero(weighed[chosen])
     said = torch.from_numpy(phrases[chosen[ours]]).to(model.device)
@@ -172,10 +172,9 @@ def _learn(data: _Rows, rows: Array, problem_type: str, rng: Any, show_progress:
     return net.eval().requires_grad_(False)
 
 
-def _answers(net: PhraseNet, model: Any, rows: Any) -> Array:
-    """What a net says of rows, (rows, labels), float32."""
-    chunks = _chunks(np.arange(len(rows)), 512)
-    said = [net(*_tokens(model, rows.select(chunk)["input_ids"])).cpu().numpy() for chunk in chunks]
+def _answers(net: PhraseNet, model: Any, ids: Any) -> Array:
+    """What a net says of rows of token ids, (rows, labels), float32."""
+    said = [net(*_tokens(model, chunk)).cpu().numpy() for chunk in _chunks(ids, 512)]
     return np.concatenate([np.zeros((0, model.num_labels), np.float32), *said])
 
 

@@ -69,7 +69,7 @@ def teach_exits(
     if model.config.lexical_exit and not model.exits[0].fitted:
         raise ValueError("Exit 0 has not been fitted: call fit_lexical_exit, best before the model is fine-tuned.")
     taught = teaching_rows(model, tokenizer, rows, fill_up_to, seed)
-    rows = replace(taught, all=fit_phrases(model, tokenizer, taught.all, taught.folds, seed=seed)).for_exits
+    rows = fit_phrases_first(model, tokenizer, taught, seed)
     if learning:
         with tempfile.TemporaryDirectory() as folder:
             run_stage(
@@ -132,6 +132,11 @@ def teaching_rows(model: Any, tokenizer: Any, rows: Any, fill_up_to: int, seed: 
         if fitted is not None:
             model.exits[0].load_state_dict(fitted)
     return replace(filled, all=taught.remove_columns("labels") if "labels" in taught.column_names else taught)
+
+
+def fit_phrases_first(model: Any, tokenizer: Any, taught: TeachingRows, seed: int) -> Any:
+    """The rows that the other exits learn from, with what phrases say of them, once these are fitted to all rows."""
+    return replace(taught, all=fit_phrases(model, tokenizer, taught.all, taught.folds, seed=seed)).for_exits
 
 
 def filled_rows(model: Any, tokenizer: Any, rows: Any, fill_up_to: int, seed: int) -> TeachingRows:
